@@ -1,0 +1,6127 @@
+#!/usr/bin/env python3
+# Copyright (c) 2026 the authors of rustdesk_server.py
+#
+# Permission is hereby granted, free of charge, to any person obtaining a copy of this
+# software and associated documentation files (the "Software"), to deal in the Software
+# without restriction, including without limitation the rights to use, copy, modify,
+# merge, publish, distribute, sublicense, and/or sell copies of the Software, and to
+# permit persons to whom the Software is furnished to do so, subject to the following
+# conditions:
+#
+# The above copyright notice and this permission notice shall be included in all copies
+# or substantial portions of the Software.
+#
+# THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED,
+# INCLUDING BUT NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A
+# PARTICULAR PURPOSE AND NONINFRINGEMENT.  IN NO EVENT SHALL THE AUTHORS OR COPYRIGHT
+# HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF
+# CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE
+# OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
+"""A RustDesk-compatible ID (rendezvous) server and relay in one file.
+
+    python3 rustdesk_server.py          both roles, on the standard ports
+    python3 rustdesk_server.py hbbs     the ID server alone
+    python3 rustdesk_server.py hbbr     the relay alone
+
+It needs Python 3.9 and nothing else; PyNaCl, where it is installed, signs faster.
+
+The life of one connection, in ten lines:
+
+ 1. A `StreamListener` accepts it; a `Connection` waits for its first bytes.
+ 2. They tell the transport: `GET ` is WebSocket, anything else RustDesk frames (or,
+    from this machine on two of the ports, an operator's text command).
+ 3. A framing cuts the bytes into frames; the server decodes each into a message.
+ 4. `ACCEPTS` names the handler of that message on that listener, or there is none.
+ 5. The handler, a pure generator of `Rendezvous` or `Relay`, checks, changes its
+    state, and yields actions: send this, close that, store this record.
+ 6. `Server.perform` carries the actions out once the handler has finished.
+ 7. Records to be stored are written before the answers that depend on them leave.
+ 8. An ID server's link is answered and ends; a relay's link waits for its partner.
+ 9. Two paired links become a `Pipe` or a `Translation` each way, which move bytes and
+    know nothing of messages any more.
+10. Every ending is one word, one log line and one counter.
+
+The sections, each using only those above it (its last banner line says which):
+
+     1 Constants             8 Configuration        15 Status
+     2 Refusals              9 Limits               16 Event loop
+     3 Wire format          10 Peer store           17 Connections
+     4 Messages             11 Attempts             18 Server
+     5 Frames and addresses 12 Actions              21 Command line
+     6 WebSocket and HTTP   13 Rendezvous
+     7 Keys                 14 Relay
+
+Sections 3 to 15 do no input or output but reading and writing their own files (7, 8,
+10): no sockets, no clock, no randomness.  `grep -n '^# ==' rustdesk_server.py` prints
+the map.
+"""
+
+import argparse
+import base64
+import binascii
+import collections
+import enum
+import errno
+import gc
+import hashlib
+import hmac
+import ipaddress
+import itertools
+import heapq
+import json
+import os
+import re
+import selectors
+import signal
+import socket
+import sys
+import threading
+import time
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+try:
+    import nacl.bindings as nacl_bindings
+except ImportError:  # the built-in Ed25519 of section 7 does its work
+    nacl_bindings = None
+
+# == 1. Constants ==============================================================
+#
+# Ports, times and sizes, each with its unit in the name and its reason beside
+# it.  "Clients" are RustDesk's own programs, as released up to version 1.5.
+#
+# Uses: nothing.
+
+VERSION = "0.1.0"
+
+#: The ID server's main port, UDP and TCP; clients derive the others from it:
+#: one below for the NAT test and online queries, one above for the relay, two
+#: above for WebSocket.
+RENDEZVOUS_PORT = 21116
+RELAY_PORT = 21117
+NAT_TEST_OFFSET = -1
+RELAY_OFFSET = 1
+WEBSOCKET_OFFSET = 2
+
+#: A peer not heard of for this long is offline.  Clients register every 15 s and
+#: then retry every 3 s, so four lost datagrams still leave it online.
+REGISTRATION_TTL_SECONDS = 30.0
+
+#: A client waits at most 36 s for the other side's answer (versions 1.1.8 to
+#: 1.4.0; later ones 18 s), asking again meanwhile.
+AWAITED_TTL_SECONDS = 40.0
+#: How many ids one connection may be asking for at a time; clients ask for one.
+AWAITED_PER_LINK = 4
+
+#: The target of a hole punch listens only when its connection to us has ended, so
+#: ours is half-closed and the initiator told this long after its end was seen.
+#: Of 60 sessions without wire delay 60 went direct so, 56 when told at once.
+HANG_UP_SECONDS = 0.2
+PUNCH_GRACE_SECONDS = 0.01
+
+#: How long a phone's old route may answer before its id moves to a new address.
+ROUTE_CHECK_SECONDS = 1.0
+
+#: The first frame of a connection to the ID server; clients speak at once.
+FIRST_FRAME_SECONDS = 10.0
+#: Between frames; the longest gap that clients leave is 18 s.
+NEXT_FRAME_SECONDS = 30.0
+#: The first frame of a relay link, and then its partner: clients give up on an
+#: attempt after 18 s.
+RELAY_FIRST_FRAME_SECONDS = 30.0
+RELAY_PARTNER_SECONDS = 30.0
+#: A text command has ended when nothing more has come for this long.
+CONSOLE_QUIET_SECONDS = 0.25
+#: How long the survivor of a session may take to read what was sent last.
+LINGER_SECONDS = 2.0
+
+#: The largest frames that clients send to the ID server are whole address books
+#: in an OnlineRequest (12 bytes an id); everything else is far below 64 KiB.
+MAX_FRAME_BYTES = 64 * 1024
+MAX_ONLINE_REQUEST_BYTES = 1024 * 1024
+#: A RequestRelay is some 150 bytes; a login token may add a few KiB.
+MAX_RELAY_REQUEST_BYTES = 16 * 1024
+#: What a session may carry as one message where messages are counted, and the
+#: largest WebSocket frame that the usual libraries take.
+MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+MAX_WEBSOCKET_FRAME_BYTES = 16 * 1024 * 1024
+#: Requests above 1.5 KiB do not come by datagram.
+MAX_DATAGRAM_BYTES = 2048
+#: A browser's request head is below 1 KiB; cookies and proxies add to it.
+MAX_HTTP_HEAD_BYTES = 8192
+#: The official console reads one command of up to this size.
+MAX_COMMAND_BYTES = 1024
+#: Bytes a waiting relay link may have sent before its partner comes.
+MAX_EARLY_BYTES = 64 * 1024
+#: Answers that a connection has not taken yet; then it is cut.
+MAX_UNSENT_BYTES = 1024 * 1024
+#: Messages of unknown kind that a connection may send before it is cut: newer
+#: clients may know messages that we don't.
+MAX_STRANGE_MESSAGES = 8
+
+#: An id's size in bytes: clients make 6 to 16 characters, host names may be longer.
+MIN_ID_BYTES, MAX_ID_BYTES = 6, 100
+MAX_DEVICE_UUID_BYTES = 256
+#: Exactly the Ed25519 key: a key of any other size could make a signed id look
+#: like another message that the same key signs.
+PUBLIC_KEY_BYTES = 32
+MAX_SESSION_UUID_BYTES = 128
+
+#: Raw sessions are moved by one buffer of this size; WebSocket ones in pieces
+#: that stay in the processor's cache, since every byte of them is worked on.
+PIPE_BUFFER_BYTES = 1024 * 1024
+TRANSLATION_BYTES = 64 * 1024
+
+#: Accepts and datagrams taken per readiness, so that neither starves the other.
+ACCEPT_BATCH = 16
+DATAGRAM_BATCH = 64
+LISTEN_BACKLOG = 1024
+
+#: TCP keepalive of relayed sessions: a dead end is noticed within 2.5 minutes.
+KEEPALIVE_IDLE_SECONDS, KEEPALIVE_INTERVAL_SECONDS, KEEPALIVE_PROBES = 60, 15, 6
+
+#: How often the relays of a list of two or more are tried, and for how long.
+RELAY_CHECK_SECONDS = 5.0
+RELAY_CHECK_TIMEOUT_SECONDS = 3.0
+
+#: Entries of each table that a stranger can fill.
+MAX_TABLE_ENTRIES = 100_000
+#: Lines that one kind of refusal may write to the log a minute.
+REFUSAL_LINES_PER_MINUTE = 20
+
+KEY_FILE, PUBLIC_KEY_FILE = "id_ed25519", "id_ed25519.pub"
+STORE_FILE, OFFICIAL_STORE_FILE = "peers.jsonl", "db_v2.sqlite3"
+SLOWED_FILE, REFUSED_FILE = "blacklist.txt", "blocklist.txt"
+
+# == 2. Refusals ===============================================================
+#
+# Every "no" of this program, in one closed list.  The word is what stands in
+# the log and in the counters.  `Refused` is raised for what the other side got
+# wrong; it is caught in one place, counted and logged there.
+#
+# Uses: nothing.
+
+
+class Refusal(enum.Enum):
+    """Why something was not done."""
+
+    # Bytes that are no message.
+    MALFORMED = "malformed"  # not the wire format, or cut short
+    TOO_LARGE = "too-large"  # a frame, message or head beyond its limit
+    BAD_HTTP = "bad-http"  # not a request that can become a WebSocket
+    BAD_WEBSOCKET = "bad-websocket"  # a frame that RFC 6455 forbids
+    # Messages in the wrong place.
+    NOT_ACCEPTED_HERE = "not-accepted-here"  # this listener does not take it
+    STRANGE = "strange"  # no kind of message that we know
+    NOT_AWAITED = "not-awaited"  # an answer that nobody asked for
+    # Registration.
+    NO_DEVICE_UUID = "no-device-uuid"  # registers without its uuid or key
+    ID_TOO_SHORT = "id-too-short"  # below six bytes: the client makes another
+    BAD_ID = "bad-id"  # too long, or with blanks or control characters
+    BAD_PUBLIC_KEY = "bad-public-key"  # not 32 bytes, or a device uuid too long
+    DEVICE_MISMATCH = "device-mismatch"  # the id belongs to another device
+    KEY_CHANGED = "key-changed"  # new key from a new address: who is it?
+    TOO_FREQUENT = "too-frequent"  # more registrations than a client makes
+    OLD_ROUTE_LIVES = "old-route-lives"  # moves while its old route answers
+    STORE_FAILED = "store-failed"  # the disk did not take the record
+    # Connection attempts.
+    WRONG_KEY = "wrong-key"  # not the key that this server asks for
+    UNKNOWN_ID = "unknown-id"  # nobody registered it
+    OFFLINE = "offline"  # its registration is older than 30 s
+    TOO_MANY_TARGETS = "too-many-targets"  # one connection asks for many ids
+    NO_ANSWER = "no-answer"  # the target was called and did not answer
+    # The relay.
+    NO_SESSION_UUID = "no-session-uuid"  # a request without its uuid
+    REFUSED_ADDRESS = "refused-address"  # named in blocklist.txt
+    NO_RELAY_REQUEST = "no-relay-request"  # the first frame was something else
+    LONELY = "lonely"  # its partner did not come
+    # Connections.
+    SILENT = "silent"  # nothing came in time
+    SLOW_READER = "slow-reader"  # does not take its answers
+    READ_ONLY = "read-only"  # the console answers, it changes nothing
+
+
+class Refused(Exception):
+    """What the other side sent cannot be served; the connection ends."""
+
+    def __init__(self, refusal, detail=""):
+        super().__init__(refusal, detail)
+        self.refusal = refusal
+        self.detail = detail
+
+
+# == 3. Wire format ============================================================
+#
+# As much of protobuf's wire format as the messages need.  A field is a tag,
+# made of its number and its wire type, and a value: a varint, or a length and
+# that many bytes.  The messages use these two wire types only.  Whatever else
+# a stranger sends is stepped over here or refused here, so that decoding
+# raises nothing but Refused.
+#
+# Uses: Refusals.
+
+#: No message has groups, but a stranger may nest them.  Protobuf's own limit.
+GROUP_DEPTH_MAX = 100
+
+#: 64 bits, 7 in each byte, take ten bytes: a longer varint is malformed.
+VARINT_BYTES_MAX = 10
+
+#: Tags are 32-bit numbers: 29 bits of field number, 3 of wire type.
+TAG_MAX = 0xFFFFFFFF
+
+VARINT, FIXED64, LENGTH_DELIMITED, GROUP_START, GROUP_END, FIXED32 = range(6)
+
+ONE_BYTE = [bytes((number,)) for number in range(128)]
+
+
+def malformed(detail):
+    """The refusal of bytes that are not a message."""
+    return Refused(Refusal.MALFORMED, detail)
+
+
+def varint(number):
+    """Write a number; a negative one takes ten bytes, as protobuf has it."""
+    number &= 0xFFFFFFFFFFFFFFFF
+    if number < 128:
+        return ONE_BYTE[number]
+    written = bytearray()
+    while number > 127:
+        written.append(number & 127 | 128)
+        number >>= 7
+    written.append(number)
+    return bytes(written)
+
+
+def sized(tag, data):
+    """Write a length-delimited field: its tag, its length, its bytes."""
+    return tag + varint(len(data)) + data
+
+
+def read_varint(data, position):
+    """Return (number, position after it), the number cut to 64 bits.
+
+    A varint that is cut short raises IndexError, which `read_fields` answers.
+    """
+    number = 0
+    for shift in range(0, 7 * VARINT_BYTES_MAX, 7):
+        byte = data[position]
+        position += 1
+        number |= (byte & 127) << shift
+        if byte < 128:
+            return number & 0xFFFFFFFFFFFFFFFF, position
+    raise malformed("a varint of more than ten bytes")
+
+
+def read_tag(data, position):
+    """Return (tag, position after it); field number 0 does not exist."""
+    tag, position = read_varint(data, position)
+    if not 7 < tag <= TAG_MAX:
+        raise malformed("a field number out of range")
+    return tag, position
+
+
+def skip_field(data, position, tag):
+    """Return the position after a field that no message knows.
+
+    A group ends where its end tag is, so groups are walked, but not recursively.
+    """
+    groups = []
+    while True:
+        wire_type = tag & 7
+        if wire_type == VARINT:
+            position = read_varint(data, position)[1]
+        elif wire_type == LENGTH_DELIMITED:
+            size, position = read_varint(data, position)
+            position += size
+        elif wire_type == FIXED64:
+            position += 8
+        elif wire_type == FIXED32:
+            position += 4
+        else:
+            follow_group(groups, tag)
+        if position > len(data):
+            raise malformed("a field beyond the end")
+        if not groups:
+            return position
+        tag, position = read_tag(data, position)
+
+
+def follow_group(groups, tag):
+    """Open or close a group; `groups` has the end tags of the open ones."""
+    if tag & 7 == GROUP_START and len(groups) < GROUP_DEPTH_MAX:
+        groups.append(tag - GROUP_START + GROUP_END)
+    elif tag & 7 == GROUP_START:
+        raise malformed("groups nested too deep")
+    elif tag & 7 != GROUP_END:
+        raise malformed("an unknown wire type")
+    elif not groups or groups.pop() != tag:
+        raise malformed("the end of a group that was not open")
+
+
+def read_fields(data):
+    """Yield (tag, value) of each field; the value is a number or bytes.
+
+    Readers compare whole tags, so that a number they know is unknown to them
+    when it comes with another wire type.  One-byte varints, and most are, are
+    read in line: a call for each would double the cost of a message.
+    """
+    position, end = 0, len(data)
+    try:
+        while position < end:
+            tag = data[position]
+            position += 1
+            if not 7 < tag < 128:
+                tag, position = read_tag(data, position - 1)
+            if tag & 5:                         # neither VARINT nor LENGTH_DELIMITED
+                position = skip_field(data, position, tag)
+                continue
+            value = data[position]
+            position += 1
+            if value > 127:
+                value, position = read_varint(data, position - 1)
+            if tag & 2:
+                start, position = position, position + value
+                if position > end:
+                    raise malformed("a length beyond the end")
+                value = data[start:position]
+            yield tag, value
+    except IndexError:
+        raise malformed("a field cut short") from None
+
+
+def int32(number):
+    """The signed number in a varint's low 32 bits: an int32 or an enum."""
+    return ((number & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000
+
+
+def utf8(value):
+    """The text of a `string` field, which has to be UTF-8."""
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        raise malformed("text that is not UTF-8") from None
+
+
+def name_of(enumeration, number):
+    """What an enumeration calls a number, or its digits if it has no name."""
+    for name, value in vars(enumeration).items():
+        if value == number and not name.startswith("__"):
+            return name
+    return str(number)
+
+
+class Message:
+    """A message: its slots are its fields.  Its `repr` is made for the log."""
+
+    __slots__ = ()
+
+    #: Who reads these may act as somebody else: the log gets their sizes only.
+    SECRET = frozenset(("licence_key", "token", "switch_code", "session_key",
+                        "headers", "body"))
+
+    def __eq__(self, other):
+        if type(self) is not type(other):
+            return NotImplemented
+        return all(getattr(self, name) == getattr(other, name)
+                   for name in self.__slots__)
+
+    def __repr__(self):
+        plain = type(self)()
+        shown = ", ".join("%s=%s" % (name, self.shown(name)) for name in self.__slots__
+                          if getattr(self, name) != getattr(plain, name))
+        return "%s(%s)" % (type(self).__name__, shown)
+
+    def shown(self, name):
+        """A field as the log may have it."""
+        value = getattr(self, name)
+        return "<%d hidden>" % len(value) if name in self.SECRET else repr(value)
+
+
+# == 4. Messages ===============================================================
+#
+# The enumerations and messages of the rendezvous protocol, a class for each,
+# with fields named as on the wire.  Of a oneof, the members not chosen are
+# None; if several are set, the last one is written.  proto_gen.py writes this.
+#
+# Uses: Wire format.
+
+# -- generated by proto_gen.py from its SCHEMA: edit that, then run it --
+
+
+class ConnType:
+    DEFAULT_CONN = 0
+    FILE_TRANSFER = 1
+    PORT_FORWARD = 2
+    RDP = 3
+    VIEW_CAMERA = 4
+    TERMINAL = 5
+
+
+class NatType:
+    UNKNOWN_NAT = 0
+    ASYMMETRIC = 1
+    SYMMETRIC = 2
+
+
+class RegisterPeer(Message):
+    # id 1, serial 2
+    __slots__ = ("id", "serial")
+
+    def __init__(self, id="", serial=0):
+        self.id = id
+        self.serial = serial
+
+    def encode(self):
+        out = b""
+        if self.id:
+            out += sized(b"\x0a", self.id.encode())
+        if self.serial:
+            out += b"\x10" + varint(self.serial)
+        return out
+
+    @staticmethod
+    def decode(data):
+        message = RegisterPeer()
+        for tag, value in read_fields(data):
+            if tag == 10:
+                message.id = utf8(value)
+            elif tag == 16:
+                message.serial = int32(value)
+        return message
+
+
+class RegisterPeerResponse(Message):
+    # request_pk 2
+    __slots__ = ("request_pk",)
+
+    def __init__(self, request_pk=False):
+        self.request_pk = request_pk
+
+    def encode(self):
+        out = b""
+        if self.request_pk:
+            out += b"\x10" + varint(self.request_pk)
+        return out
+
+    @staticmethod
+    def decode(data):
+        message = RegisterPeerResponse()
+        for tag, value in read_fields(data):
+            if tag == 16:
+                message.request_pk = value != 0
+        return message
+
+
+class RegisterPk(Message):
+    # id 1, uuid 2, pk 3, old_id 4, no_register_device 5
+    __slots__ = ("id", "uuid", "pk", "old_id", "no_register_device")
+
+    def __init__(self, id="", uuid=b"", pk=b"", old_id="", no_register_device=False):
+        self.id = id
+        self.uuid = uuid
+        self.pk = pk
+        self.old_id = old_id
+        self.no_register_device = no_register_device
+
+    def encode(self):
+        out = b""
+        if self.id:
+            out += sized(b"\x0a", self.id.encode())
+        if self.uuid:
+            out += sized(b"\x12", self.uuid)
+        if self.pk:
+            out += sized(b"\x1a", self.pk)
+        if self.old_id:
+            out += sized(b"\x22", self.old_id.encode())
+        if self.no_register_device:
+            out += b"\x28" + varint(self.no_register_device)
+        return out
+
+    @staticmethod
+    def decode(data):
+        message = RegisterPk()
+        for tag, value in read_fields(data):
+            if tag == 10:
+                message.id = utf8(value)
+            elif tag == 18:
+                message.uuid = value
+            elif tag == 26:
+                message.pk = value
+            elif tag == 34:
+                message.old_id = utf8(value)
+            elif tag == 40:
+                message.no_register_device = value != 0
+        return message
+
+
+class RegisterPkResponse(Message):
+    # result 1, keep_alive 2
+    class Result:
+        OK = 0
+        UUID_MISMATCH = 2
+        ID_EXISTS = 3
+        TOO_FREQUENT = 4
+        INVALID_ID_FORMAT = 5
+        NOT_SUPPORT = 6
+        SERVER_ERROR = 7
+        NOT_DEPLOYED = 8
+
+    __slots__ = ("result", "keep_alive")
+
+    def __init__(self, result=0, keep_alive=0):
+        self.result = result
+        self.keep_alive = keep_alive
+
+    def encode(self):
+        out = b""
+        if self.result:
+            out += b"\x08" + varint(self.result)
+        if self.keep_alive:
+            out += b"\x10" + varint(self.keep_alive)
+        return out
+
+    @staticmethod
+    def decode(data):
+        message = RegisterPkResponse()
+        for tag, value in read_fields(data):
+            if tag == 8:
+                message.result = int32(value)
+            elif tag == 16:
+                message.keep_alive = int32(value)
+        return message
+
+
+class PunchHoleRequest(Message):
+    # id 1, nat_type 2, licence_key 3, conn_type 4, token 5, version 6,
+    # udp_port 7, force_relay 8, upnp_port 9, socket_addr_v6 10, switch_code
+    # 11, webrtc_sdp_offer 12
+    __slots__ = ("id", "nat_type", "licence_key", "conn_type", "token", "version",
+                 "udp_port", "force_relay", "upnp_port", "socket_addr_v6",
+                 "switch_code", "webrtc_sdp_offer")
+
+    def __init__(self, id="", nat_type=0, licence_key="", conn_type=0, token="",
+                 version="", udp_port=0, force_relay=False, upnp_port=0,
+                 socket_addr_v6=b"", switch_code="", webrtc_sdp_offer=""):
+        self.id = id
+        self.nat_type = nat_type
+        self.licence_key = licence_key
+        self.conn_type = conn_type
+        self.token = token
+        self.version = version
+        self.udp_port = udp_port
+        self.force_relay = force_relay
+        self.upnp_port = upnp_port
+        self.socket_addr_v6 = socket_addr_v6
+        self.switch_code = switch_code
+        self.webrtc_sdp_offer = webrtc_sdp_offer
+
+    def encode(self):
+        out = b""
+        if self.id:
+            out += sized(b"\x0a", self.id.encode())
+        if self.nat_type:
+            out += b"\x10" + varint(self.nat_type)
+        if self.licence_key:
+            out += sized(b"\x1a", self.licence_key.encode())
+        if self.conn_type:
+            out += b"\x20" + varint(self.conn_type)
+        if self.token:
+            out += sized(b"\x2a", self.token.encode())
+        if self.version:
+            out += sized(b"\x32", self.version.encode())
+        if self.udp_port:
+            out += b"\x38" + varint(self.udp_port)
+        if self.force_relay:
+            out += b"\x40" + varint(self.force_relay)
+        if self.upnp_port:
+            out += b"\x48" + varint(self.upnp_port)
+        if self.socket_addr_v6:
+            out += sized(b"\x52", self.socket_addr_v6)
+        if self.switch_code:
+            out += sized(b"\x5a", self.switch_code.encode())
+        if self.webrtc_sdp_offer:
+            out += sized(b"\x62", self.webrtc_sdp_offer.encode())
+        return out
+
+    @staticmethod
+    def decode(data):
+        message = PunchHoleRequest()
+        for tag, value in read_fields(data):
+            if tag == 10:
+                message.id = utf8(value)
+            elif tag == 16:
+                message.nat_type = int32(value)
+            elif tag == 26:
+                message.licence_key = utf8(value)
+            elif tag == 32:
+                message.conn_type = int32(value)
+            elif tag == 42:
+                message.token = utf8(value)
+            elif tag == 50:
+                message.version = utf8(value)
+            elif tag == 56:
+                message.udp_port = int32(value)
+            elif tag == 64:
+                message.force_relay = value != 0
+            elif tag == 72:
+                message.upnp_port = int32(value)
+            elif tag == 82:
+                message.socket_addr_v6 = value
+            elif tag == 90:
+                message.switch_code = utf8(value)
+            elif tag == 98:
+                message.webrtc_sdp_offer = utf8(value)
+        return message
+
+
+class ControlPermissions(Message):
+    # permissions 1
+    class Permission:
+        keyboard = 0
+        remote_printer = 1
+        clipboard = 2
+        file = 3
+        audio = 4
+        camera = 5
+        terminal = 6
+        tunnel = 7
+        restart = 8
+        recording = 9
+        block_input = 10
+        remote_modify = 11
+        privacy_mode = 12
+
+    __slots__ = ("permissions",)
+
+    def __init__(self, permissions=0):
+        self.permissions = permissions
+
+    def encode(self):
+        out = b""
+        if self.permissions:
+            out += b"\x08" + varint(self.permissions)
+        return out
+
+    @staticmethod
+    def decode(data):
+        message = ControlPermissions()
+        for tag, value in read_fields(data):
+            if tag == 8:
+                message.permissions = value
+        return message
+
+
+class ControlledContext(Message):
+    # conn_audit_ref 1
+    __slots__ = ("conn_audit_ref",)
+
+    def __init__(self, conn_audit_ref=""):
+        self.conn_audit_ref = conn_audit_ref
+
+    def encode(self):
+        out = b""
+        if self.conn_audit_ref:
+            out += sized(b"\x0a", self.conn_audit_ref.encode())
+        return out
+
+    @staticmethod
+    def decode(data):
+        message = ControlledContext()
+        for tag, value in read_fields(data):
+            if tag == 10:
+                message.conn_audit_ref = utf8(value)
+        return message
+
+
+class PunchHole(Message):
+    # socket_addr 1, relay_server 2, nat_type 3, udp_port 4, force_relay 5,
+    # upnp_port 6, socket_addr_v6 7, control_permissions 8, controlled_context
+    # 9, webrtc_sdp_offer 10
+    __slots__ = ("socket_addr", "relay_server", "nat_type", "udp_port", "force_relay",
+                 "upnp_port", "socket_addr_v6", "control_permissions",
+                 "controlled_context", "webrtc_sdp_offer")
+
+    def __init__(self, socket_addr=b"", relay_server="", nat_type=0, udp_port=0,
+                 force_relay=False, upnp_port=0, socket_addr_v6=b"",
+                 control_permissions=None, controlled_context=None,
+                 webrtc_sdp_offer=""):
+        self.socket_addr = socket_addr
+        self.relay_server = relay_server
+        self.nat_type = nat_type
+        self.udp_port = udp_port
+        self.force_relay = force_relay
+        self.upnp_port = upnp_port
+        self.socket_addr_v6 = socket_addr_v6
+        self.control_permissions = control_permissions
+        self.controlled_context = controlled_context
+        self.webrtc_sdp_offer = webrtc_sdp_offer
+
+    def encode(self):
+        out = b""
+        if self.socket_addr:
+            out += sized(b"\x0a", self.socket_addr)
+        if self.relay_server:
+            out += sized(b"\x12", self.relay_server.encode())
+        if self.nat_type:
+            out += b"\x18" + varint(self.nat_type)
+        if self.udp_port:
+            out += b"\x20" + varint(self.udp_port)
+        if self.force_relay:
+            out += b"\x28" + varint(self.force_relay)
+        if self.upnp_port:
+            out += b"\x30" + varint(self.upnp_port)
+        if self.socket_addr_v6:
+            out += sized(b"\x3a", self.socket_addr_v6)
+        if self.control_permissions is not None:
+            out += sized(b"\x42", self.control_permissions.encode())
+        if self.controlled_context is not None:
+            out += sized(b"\x4a", self.controlled_context.encode())
+        if self.webrtc_sdp_offer:
+            out += sized(b"\x52", self.webrtc_sdp_offer.encode())
+        return out
+
+    @staticmethod
+    def decode(data):
+        message = PunchHole()
+        for tag, value in read_fields(data):
+            if tag == 10:
+                message.socket_addr = value
+            elif tag == 18:
+                message.relay_server = utf8(value)
+            elif tag == 24:
+                message.nat_type = int32(value)
+            elif tag == 32:
+                message.udp_port = int32(value)
+            elif tag == 40:
+                message.force_relay = value != 0
+            elif tag == 48:
+                message.upnp_port = int32(value)
+            elif tag == 58:
+                message.socket_addr_v6 = value
+            elif tag == 66:
+                message.control_permissions = ControlPermissions.decode(value)
+            elif tag == 74:
+                message.controlled_context = ControlledContext.decode(value)
+            elif tag == 82:
+                message.webrtc_sdp_offer = utf8(value)
+        return message
+
+
+class PunchHoleSent(Message):
+    # socket_addr 1, id 2, relay_server 3, nat_type 4, version 5, upnp_port 6,
+    # socket_addr_v6 7, webrtc_sdp_answer 8
+    __slots__ = ("socket_addr", "id", "relay_server", "nat_type", "version",
+                 "upnp_port", "socket_addr_v6", "webrtc_sdp_answer")
+
+    def __init__(self, socket_addr=b"", id="", relay_server="", nat_type=0, version="",
+                 upnp_port=0, socket_addr_v6=b"", webrtc_sdp_answer=""):
+        self.socket_addr = socket_addr
+        self.id = id
+        self.relay_server = relay_server
+        self.nat_type = nat_type
+        self.version = version
+        self.upnp_port = upnp_port
+        self.socket_addr_v6 = socket_addr_v6
+        self.webrtc_sdp_answer = webrtc_sdp_answer
+
+    def encode(self):
+        out = b""
+        if self.socket_addr:
+            out += sized(b"\x0a", self.socket_addr)
+        if self.id:
+            out += sized(b"\x12", self.id.encode())
+        if self.relay_server:
+            out += sized(b"\x1a", self.relay_server.encode())
+        if self.nat_type:
+            out += b"\x20" + varint(self.nat_type)
+        if self.version:
+            out += sized(b"\x2a", self.version.encode())
+        if self.upnp_port:
+            out += b"\x30" + varint(self.upnp_port)
+        if self.socket_addr_v6:
+            out += sized(b"\x3a", self.socket_addr_v6)
+        if self.webrtc_sdp_answer:
+            out += sized(b"\x42", self.webrtc_sdp_answer.encode())
+        return out
+
+    @staticmethod
+    def decode(data):
+        message = PunchHoleSent()
+        for tag, value in read_fields(data):
+            if tag == 10:
+                message.socket_addr = value
+            elif tag == 18:
+                message.id = utf8(value)
+            elif tag == 26:
+                message.relay_server = utf8(value)
+            elif tag == 32:
+                message.nat_type = int32(value)
+            elif tag == 42:
+                message.version = utf8(value)
+            elif tag == 48:
+                message.upnp_port = int32(value)
+            elif tag == 58:
+                message.socket_addr_v6 = value
+            elif tag == 66:
+                message.webrtc_sdp_answer = utf8(value)
+        return message
+
+
+class PunchHoleResponse(Message):
+    # socket_addr 1, pk 2, failure 3, relay_server 4, nat_type 5, is_local 6,
+    # other_failure 7, feedback 8, is_udp 9, upnp_port 10, socket_addr_v6 11,
+    # webrtc_sdp_answer 12
+    class Failure:
+        ID_NOT_EXIST = 0
+        OFFLINE = 2
+        LICENSE_MISMATCH = 3
+        LICENSE_OVERUSE = 4
+
+    __slots__ = ("socket_addr", "pk", "failure", "relay_server", "nat_type", "is_local",
+                 "other_failure", "feedback", "is_udp", "upnp_port", "socket_addr_v6",
+                 "webrtc_sdp_answer")
+
+    def __init__(self, socket_addr=b"", pk=b"", failure=0, relay_server="",
+                 nat_type=None, is_local=None, other_failure="", feedback=0,
+                 is_udp=False, upnp_port=0, socket_addr_v6=b"", webrtc_sdp_answer=""):
+        self.socket_addr = socket_addr
+        self.pk = pk
+        self.failure = failure
+        self.relay_server = relay_server
+        self.nat_type = nat_type
+        self.is_local = is_local
+        self.other_failure = other_failure
+        self.feedback = feedback
+        self.is_udp = is_udp
+        self.upnp_port = upnp_port
+        self.socket_addr_v6 = socket_addr_v6
+        self.webrtc_sdp_answer = webrtc_sdp_answer
+
+    def encode(self):
+        out = b""
+        if self.socket_addr:
+            out += sized(b"\x0a", self.socket_addr)
+        if self.pk:
+            out += sized(b"\x12", self.pk)
+        if self.failure:
+            out += b"\x18" + varint(self.failure)
+        if self.relay_server:
+            out += sized(b"\x22", self.relay_server.encode())
+        if self.nat_type is not None and self.is_local is None:
+            out += b"\x28" + varint(self.nat_type)
+        if self.is_local is not None:
+            out += b"\x30" + varint(self.is_local)
+        if self.other_failure:
+            out += sized(b"\x3a", self.other_failure.encode())
+        if self.feedback:
+            out += b"\x40" + varint(self.feedback)
+        if self.is_udp:
+            out += b"\x48" + varint(self.is_udp)
+        if self.upnp_port:
+            out += b"\x50" + varint(self.upnp_port)
+        if self.socket_addr_v6:
+            out += sized(b"\x5a", self.socket_addr_v6)
+        if self.webrtc_sdp_answer:
+            out += sized(b"\x62", self.webrtc_sdp_answer.encode())
+        return out
+
+    @staticmethod
+    def decode(data):
+        message = PunchHoleResponse()
+        for tag, value in read_fields(data):
+            if tag == 10:
+                message.socket_addr = value
+            elif tag == 18:
+                message.pk = value
+            elif tag == 24:
+                message.failure = int32(value)
+            elif tag == 34:
+                message.relay_server = utf8(value)
+            elif tag == 40:
+                message.nat_type, message.is_local = int32(value), None
+            elif tag == 48:
+                message.is_local, message.nat_type = value != 0, None
+            elif tag == 58:
+                message.other_failure = utf8(value)
+            elif tag == 64:
+                message.feedback = int32(value)
+            elif tag == 72:
+                message.is_udp = value != 0
+            elif tag == 80:
+                message.upnp_port = int32(value)
+            elif tag == 90:
+                message.socket_addr_v6 = value
+            elif tag == 98:
+                message.webrtc_sdp_answer = utf8(value)
+        return message
+
+
+class FetchLocalAddr(Message):
+    # socket_addr 1, relay_server 2, socket_addr_v6 3, control_permissions 4,
+    # controlled_context 5
+    __slots__ = ("socket_addr", "relay_server", "socket_addr_v6", "control_permissions",
+                 "controlled_context")
+
+    def __init__(self, socket_addr=b"", relay_server="", socket_addr_v6=b"",
+                 control_permissions=None, controlled_context=None):
+        self.socket_addr = socket_addr
+        self.relay_server = relay_server
+        self.socket_addr_v6 = socket_addr_v6
+        self.control_permissions = control_permissions
+        self.controlled_context = controlled_context
+
+    def encode(self):
+        out = b""
+        if self.socket_addr:
+            out += sized(b"\x0a", self.socket_addr)
+        if self.relay_server:
+            out += sized(b"\x12", self.relay_server.encode())
+        if self.socket_addr_v6:
+            out += sized(b"\x1a", self.socket_addr_v6)
+        if self.control_permissions is not None:
+            out += sized(b"\x22", self.control_permissions.encode())
+        if self.controlled_context is not None:
+            out += sized(b"\x2a", self.controlled_context.encode())
+        return out
+
+    @staticmethod
+    def decode(data):
+        message = FetchLocalAddr()
+        for tag, value in read_fields(data):
+            if tag == 10:
+                message.socket_addr = value
+            elif tag == 18:
+                message.relay_server = utf8(value)
+            elif tag == 26:
+                message.socket_addr_v6 = value
+            elif tag == 34:
+                message.control_permissions = ControlPermissions.decode(value)
+            elif tag == 42:
+                message.controlled_context = ControlledContext.decode(value)
+        return message
+
+
+class LocalAddr(Message):
+    # socket_addr 1, local_addr 2, relay_server 3, id 4, version 5,
+    # socket_addr_v6 6
+    __slots__ = ("socket_addr", "local_addr", "relay_server", "id", "version",
+                 "socket_addr_v6")
+
+    def __init__(self, socket_addr=b"", local_addr=b"", relay_server="", id="",
+                 version="", socket_addr_v6=b""):
+        self.socket_addr = socket_addr
+        self.local_addr = local_addr
+        self.relay_server = relay_server
+        self.id = id
+        self.version = version
+        self.socket_addr_v6 = socket_addr_v6
+
+    def encode(self):
+        out = b""
+        if self.socket_addr:
+            out += sized(b"\x0a", self.socket_addr)
+        if self.local_addr:
+            out += sized(b"\x12", self.local_addr)
+        if self.relay_server:
+            out += sized(b"\x1a", self.relay_server.encode())
+        if self.id:
+            out += sized(b"\x22", self.id.encode())
+        if self.version:
+            out += sized(b"\x2a", self.version.encode())
+        if self.socket_addr_v6:
+            out += sized(b"\x32", self.socket_addr_v6)
+        return out
+
+    @staticmethod
+    def decode(data):
+        message = LocalAddr()
+        for tag, value in read_fields(data):
+            if tag == 10:
+                message.socket_addr = value
+            elif tag == 18:
+                message.local_addr = value
+            elif tag == 26:
+                message.relay_server = utf8(value)
+            elif tag == 34:
+                message.id = utf8(value)
+            elif tag == 42:
+                message.version = utf8(value)
+            elif tag == 50:
+                message.socket_addr_v6 = value
+        return message
+
+
+class IceCandidate(Message):
+    # id 1, socket_addr 2, session_key 3, candidate 4
+    __slots__ = ("id", "socket_addr", "session_key", "candidate")
+
+    def __init__(self, id="", socket_addr=b"", session_key="", candidate=""):
+        self.id = id
+        self.socket_addr = socket_addr
+        self.session_key = session_key
+        self.candidate = candidate
+
+    def encode(self):
+        out = b""
+        if self.id:
+            out += sized(b"\x0a", self.id.encode())
+        if self.socket_addr:
+            out += sized(b"\x12", self.socket_addr)
+        if self.session_key:
+            out += sized(b"\x1a", self.session_key.encode())
+        if self.candidate:
+            out += sized(b"\x22", self.candidate.encode())
+        return out
+
+    @staticmethod
+    def decode(data):
+        message = IceCandidate()
+        for tag, value in read_fields(data):
+            if tag == 10:
+                message.id = utf8(value)
+            elif tag == 18:
+                message.socket_addr = value
+            elif tag == 26:
+                message.session_key = utf8(value)
+            elif tag == 34:
+                message.candidate = utf8(value)
+        return message
+
+
+class RequestRelay(Message):
+    # id 1, uuid 2, socket_addr 3, relay_server 4, secure 5, licence_key 6,
+    # conn_type 7, token 8, control_permissions 9, controlled_context 10,
+    # switch_code 11
+    __slots__ = ("id", "uuid", "socket_addr", "relay_server", "secure", "licence_key",
+                 "conn_type", "token", "control_permissions", "controlled_context",
+                 "switch_code")
+
+    def __init__(self, id="", uuid="", socket_addr=b"", relay_server="", secure=False,
+                 licence_key="", conn_type=0, token="", control_permissions=None,
+                 controlled_context=None, switch_code=""):
+        self.id = id
+        self.uuid = uuid
+        self.socket_addr = socket_addr
+        self.relay_server = relay_server
+        self.secure = secure
+        self.licence_key = licence_key
+        self.conn_type = conn_type
+        self.token = token
+        self.control_permissions = control_permissions
+        self.controlled_context = controlled_context
+        self.switch_code = switch_code
+
+    def encode(self):
+        out = b""
+        if self.id:
+            out += sized(b"\x0a", self.id.encode())
+        if self.uuid:
+            out += sized(b"\x12", self.uuid.encode())
+        if self.socket_addr:
+            out += sized(b"\x1a", self.socket_addr)
+        if self.relay_server:
+            out += sized(b"\x22", self.relay_server.encode())
+        if self.secure:
+            out += b"\x28" + varint(self.secure)
+        if self.licence_key:
+            out += sized(b"\x32", self.licence_key.encode())
+        if self.conn_type:
+            out += b"\x38" + varint(self.conn_type)
+        if self.token:
+            out += sized(b"\x42", self.token.encode())
+        if self.control_permissions is not None:
+            out += sized(b"\x4a", self.control_permissions.encode())
+        if self.controlled_context is not None:
+            out += sized(b"\x52", self.controlled_context.encode())
+        if self.switch_code:
+            out += sized(b"\x5a", self.switch_code.encode())
+        return out
+
+    @staticmethod
+    def decode(data):
+        message = RequestRelay()
+        for tag, value in read_fields(data):
+            if tag == 10:
+                message.id = utf8(value)
+            elif tag == 18:
+                message.uuid = utf8(value)
+            elif tag == 26:
+                message.socket_addr = value
+            elif tag == 34:
+                message.relay_server = utf8(value)
+            elif tag == 40:
+                message.secure = value != 0
+            elif tag == 50:
+                message.licence_key = utf8(value)
+            elif tag == 56:
+                message.conn_type = int32(value)
+            elif tag == 66:
+                message.token = utf8(value)
+            elif tag == 74:
+                message.control_permissions = ControlPermissions.decode(value)
+            elif tag == 82:
+                message.controlled_context = ControlledContext.decode(value)
+            elif tag == 90:
+                message.switch_code = utf8(value)
+        return message
+
+
+class RelayResponse(Message):
+    # socket_addr 1, uuid 2, relay_server 3, id 4, pk 5, refuse_reason 6,
+    # version 7, feedback 9, socket_addr_v6 10, upnp_port 11, webrtc_sdp_answer
+    # 12
+    __slots__ = ("socket_addr", "uuid", "relay_server", "id", "pk", "refuse_reason",
+                 "version", "feedback", "socket_addr_v6", "upnp_port",
+                 "webrtc_sdp_answer")
+
+    def __init__(self, socket_addr=b"", uuid="", relay_server="", id=None, pk=None,
+                 refuse_reason="", version="", feedback=0, socket_addr_v6=b"",
+                 upnp_port=0, webrtc_sdp_answer=""):
+        self.socket_addr = socket_addr
+        self.uuid = uuid
+        self.relay_server = relay_server
+        self.id = id
+        self.pk = pk
+        self.refuse_reason = refuse_reason
+        self.version = version
+        self.feedback = feedback
+        self.socket_addr_v6 = socket_addr_v6
+        self.upnp_port = upnp_port
+        self.webrtc_sdp_answer = webrtc_sdp_answer
+
+    def encode(self):
+        out = b""
+        if self.socket_addr:
+            out += sized(b"\x0a", self.socket_addr)
+        if self.uuid:
+            out += sized(b"\x12", self.uuid.encode())
+        if self.relay_server:
+            out += sized(b"\x1a", self.relay_server.encode())
+        if self.id is not None and self.pk is None:
+            out += sized(b"\x22", self.id.encode())
+        if self.pk is not None:
+            out += sized(b"\x2a", self.pk)
+        if self.refuse_reason:
+            out += sized(b"\x32", self.refuse_reason.encode())
+        if self.version:
+            out += sized(b"\x3a", self.version.encode())
+        if self.feedback:
+            out += b"\x48" + varint(self.feedback)
+        if self.socket_addr_v6:
+            out += sized(b"\x52", self.socket_addr_v6)
+        if self.upnp_port:
+            out += b"\x58" + varint(self.upnp_port)
+        if self.webrtc_sdp_answer:
+            out += sized(b"\x62", self.webrtc_sdp_answer.encode())
+        return out
+
+    @staticmethod
+    def decode(data):
+        message = RelayResponse()
+        for tag, value in read_fields(data):
+            if tag == 10:
+                message.socket_addr = value
+            elif tag == 18:
+                message.uuid = utf8(value)
+            elif tag == 26:
+                message.relay_server = utf8(value)
+            elif tag == 34:
+                message.id, message.pk = utf8(value), None
+            elif tag == 42:
+                message.pk, message.id = value, None
+            elif tag == 50:
+                message.refuse_reason = utf8(value)
+            elif tag == 58:
+                message.version = utf8(value)
+            elif tag == 72:
+                message.feedback = int32(value)
+            elif tag == 82:
+                message.socket_addr_v6 = value
+            elif tag == 88:
+                message.upnp_port = int32(value)
+            elif tag == 98:
+                message.webrtc_sdp_answer = utf8(value)
+        return message
+
+
+class TestNatRequest(Message):
+    # serial 1
+    __slots__ = ("serial",)
+
+    def __init__(self, serial=0):
+        self.serial = serial
+
+    def encode(self):
+        out = b""
+        if self.serial:
+            out += b"\x08" + varint(self.serial)
+        return out
+
+    @staticmethod
+    def decode(data):
+        message = TestNatRequest()
+        for tag, value in read_fields(data):
+            if tag == 8:
+                message.serial = int32(value)
+        return message
+
+
+class TestNatResponse(Message):
+    # port 1, cu 2
+    __slots__ = ("port", "cu")
+
+    def __init__(self, port=0, cu=None):
+        self.port = port
+        self.cu = cu
+
+    def encode(self):
+        out = b""
+        if self.port:
+            out += b"\x08" + varint(self.port)
+        if self.cu is not None:
+            out += sized(b"\x12", self.cu.encode())
+        return out
+
+    @staticmethod
+    def decode(data):
+        message = TestNatResponse()
+        for tag, value in read_fields(data):
+            if tag == 8:
+                message.port = int32(value)
+            elif tag == 18:
+                message.cu = ConfigUpdate.decode(value)
+        return message
+
+
+class ConfigUpdate(Message):
+    # serial 1, rendezvous_servers 2
+    __slots__ = ("serial", "rendezvous_servers")
+
+    def __init__(self, serial=0, rendezvous_servers=()):
+        self.serial = serial
+        self.rendezvous_servers = list(rendezvous_servers)
+
+    def encode(self):
+        out = b""
+        if self.serial:
+            out += b"\x08" + varint(self.serial)
+        for item in self.rendezvous_servers:
+            out += sized(b"\x12", item.encode())
+        return out
+
+    @staticmethod
+    def decode(data):
+        message = ConfigUpdate()
+        for tag, value in read_fields(data):
+            if tag == 8:
+                message.serial = int32(value)
+            elif tag == 18:
+                message.rendezvous_servers.append(utf8(value))
+        return message
+
+
+class SoftwareUpdate(Message):
+    # url 1
+    __slots__ = ("url",)
+
+    def __init__(self, url=""):
+        self.url = url
+
+    def encode(self):
+        out = b""
+        if self.url:
+            out += sized(b"\x0a", self.url.encode())
+        return out
+
+    @staticmethod
+    def decode(data):
+        message = SoftwareUpdate()
+        for tag, value in read_fields(data):
+            if tag == 10:
+                message.url = utf8(value)
+        return message
+
+
+class OnlineRequest(Message):
+    # id 1, peers 2
+    __slots__ = ("id", "peers")
+
+    def __init__(self, id="", peers=()):
+        self.id = id
+        self.peers = list(peers)
+
+    def encode(self):
+        out = b""
+        if self.id:
+            out += sized(b"\x0a", self.id.encode())
+        for item in self.peers:
+            out += sized(b"\x12", item.encode())
+        return out
+
+    @staticmethod
+    def decode(data):
+        message = OnlineRequest()
+        for tag, value in read_fields(data):
+            if tag == 10:
+                message.id = utf8(value)
+            elif tag == 18:
+                message.peers.append(utf8(value))
+        return message
+
+
+class OnlineResponse(Message):
+    # states 1
+    __slots__ = ("states",)
+
+    def __init__(self, states=b""):
+        self.states = states
+
+    def encode(self):
+        out = b""
+        if self.states:
+            out += sized(b"\x0a", self.states)
+        return out
+
+    @staticmethod
+    def decode(data):
+        message = OnlineResponse()
+        for tag, value in read_fields(data):
+            if tag == 10:
+                message.states = value
+        return message
+
+
+class KeyExchange(Message):
+    # keys 1
+    __slots__ = ("keys",)
+
+    def __init__(self, keys=()):
+        self.keys = list(keys)
+
+    def encode(self):
+        out = b""
+        for item in self.keys:
+            out += sized(b"\x0a", item)
+        return out
+
+    @staticmethod
+    def decode(data):
+        message = KeyExchange()
+        for tag, value in read_fields(data):
+            if tag == 10:
+                message.keys.append(value)
+        return message
+
+
+class HealthCheck(Message):
+    # token 1
+    __slots__ = ("token",)
+
+    def __init__(self, token=""):
+        self.token = token
+
+    def encode(self):
+        out = b""
+        if self.token:
+            out += sized(b"\x0a", self.token.encode())
+        return out
+
+    @staticmethod
+    def decode(data):
+        message = HealthCheck()
+        for tag, value in read_fields(data):
+            if tag == 10:
+                message.token = utf8(value)
+        return message
+
+
+class HeaderEntry(Message):
+    # name 1, value 2
+    __slots__ = ("name", "value")
+
+    def __init__(self, name="", value=""):
+        self.name = name
+        self.value = value
+
+    def encode(self):
+        out = b""
+        if self.name:
+            out += sized(b"\x0a", self.name.encode())
+        if self.value:
+            out += sized(b"\x12", self.value.encode())
+        return out
+
+    @staticmethod
+    def decode(data):
+        message = HeaderEntry()
+        for tag, value in read_fields(data):
+            if tag == 10:
+                message.name = utf8(value)
+            elif tag == 18:
+                message.value = utf8(value)
+        return message
+
+
+class HttpProxyRequest(Message):
+    # method 1, path 2, headers 3, body 4
+    __slots__ = ("method", "path", "headers", "body")
+
+    def __init__(self, method="", path="", headers=(), body=b""):
+        self.method = method
+        self.path = path
+        self.headers = list(headers)
+        self.body = body
+
+    def encode(self):
+        out = b""
+        if self.method:
+            out += sized(b"\x0a", self.method.encode())
+        if self.path:
+            out += sized(b"\x12", self.path.encode())
+        for item in self.headers:
+            out += sized(b"\x1a", item.encode())
+        if self.body:
+            out += sized(b"\x22", self.body)
+        return out
+
+    @staticmethod
+    def decode(data):
+        message = HttpProxyRequest()
+        for tag, value in read_fields(data):
+            if tag == 10:
+                message.method = utf8(value)
+            elif tag == 18:
+                message.path = utf8(value)
+            elif tag == 26:
+                message.headers.append(HeaderEntry.decode(value))
+            elif tag == 34:
+                message.body = value
+        return message
+
+
+class HttpProxyResponse(Message):
+    # status 1, headers 2, body 3, error 4
+    __slots__ = ("status", "headers", "body", "error")
+
+    def __init__(self, status=0, headers=(), body=b"", error=""):
+        self.status = status
+        self.headers = list(headers)
+        self.body = body
+        self.error = error
+
+    def encode(self):
+        out = b""
+        if self.status:
+            out += b"\x08" + varint(self.status)
+        for item in self.headers:
+            out += sized(b"\x12", item.encode())
+        if self.body:
+            out += sized(b"\x1a", self.body)
+        if self.error:
+            out += sized(b"\x22", self.error.encode())
+        return out
+
+    @staticmethod
+    def decode(data):
+        message = HttpProxyResponse()
+        for tag, value in read_fields(data):
+            if tag == 8:
+                message.status = int32(value)
+            elif tag == 18:
+                message.headers.append(HeaderEntry.decode(value))
+            elif tag == 26:
+                message.body = value
+            elif tag == 34:
+                message.error = utf8(value)
+        return message
+
+
+class PeerDiscovery(Message):
+    # cmd 1, mac 2, id 3, username 4, hostname 5, platform 6, misc 7
+    __slots__ = ("cmd", "mac", "id", "username", "hostname", "platform", "misc")
+
+    def __init__(self, cmd="", mac="", id="", username="", hostname="", platform="",
+                 misc=""):
+        self.cmd = cmd
+        self.mac = mac
+        self.id = id
+        self.username = username
+        self.hostname = hostname
+        self.platform = platform
+        self.misc = misc
+
+    def encode(self):
+        out = b""
+        if self.cmd:
+            out += sized(b"\x0a", self.cmd.encode())
+        if self.mac:
+            out += sized(b"\x12", self.mac.encode())
+        if self.id:
+            out += sized(b"\x1a", self.id.encode())
+        if self.username:
+            out += sized(b"\x22", self.username.encode())
+        if self.hostname:
+            out += sized(b"\x2a", self.hostname.encode())
+        if self.platform:
+            out += sized(b"\x32", self.platform.encode())
+        if self.misc:
+            out += sized(b"\x3a", self.misc.encode())
+        return out
+
+    @staticmethod
+    def decode(data):
+        message = PeerDiscovery()
+        for tag, value in read_fields(data):
+            if tag == 10:
+                message.cmd = utf8(value)
+            elif tag == 18:
+                message.mac = utf8(value)
+            elif tag == 26:
+                message.id = utf8(value)
+            elif tag == 34:
+                message.username = utf8(value)
+            elif tag == 42:
+                message.hostname = utf8(value)
+            elif tag == 50:
+                message.platform = utf8(value)
+            elif tag == 58:
+                message.misc = utf8(value)
+        return message
+
+
+class IdPk(Message):
+    # id 1, pk 2, dtls_fingerprint 3
+    __slots__ = ("id", "pk", "dtls_fingerprint")
+
+    def __init__(self, id="", pk=b"", dtls_fingerprint=""):
+        self.id = id
+        self.pk = pk
+        self.dtls_fingerprint = dtls_fingerprint
+
+    def encode(self):
+        out = b""
+        if self.id:
+            out += sized(b"\x0a", self.id.encode())
+        if self.pk:
+            out += sized(b"\x12", self.pk)
+        if self.dtls_fingerprint:
+            out += sized(b"\x1a", self.dtls_fingerprint.encode())
+        return out
+
+    @staticmethod
+    def decode(data):
+        message = IdPk()
+        for tag, value in read_fields(data):
+            if tag == 10:
+                message.id = utf8(value)
+            elif tag == 18:
+                message.pk = value
+            elif tag == 26:
+                message.dtls_fingerprint = utf8(value)
+        return message
+
+
+#: What a payload may hold: the members of RendezvousMessage by field number.
+UNION = {
+    6: RegisterPeer,
+    7: RegisterPeerResponse,
+    8: PunchHoleRequest,
+    9: PunchHole,
+    10: PunchHoleSent,
+    11: PunchHoleResponse,
+    12: FetchLocalAddr,
+    13: LocalAddr,
+    14: ConfigUpdate,
+    15: RegisterPk,
+    16: RegisterPkResponse,
+    17: SoftwareUpdate,
+    18: RequestRelay,
+    19: RelayResponse,
+    20: TestNatRequest,
+    21: TestNatResponse,
+    22: PeerDiscovery,
+    23: OnlineRequest,
+    24: OnlineResponse,
+    25: KeyExchange,
+    26: HealthCheck,
+    27: HttpProxyRequest,
+    28: HttpProxyResponse,
+    29: IceCandidate,
+}
+
+#: The tag that a message has in a payload, by class.
+UNION_TAGS = {member: varint(number << 3 | 2) for number, member in UNION.items()}
+
+
+def encode_message(message):
+    """The payload that holds this message; an empty message is written too."""
+    return sized(UNION_TAGS[type(message)], message.encode())
+
+
+def decode_message(data):
+    """The message in a payload; None if it is empty or of a later protocol."""
+    message = None
+    for tag, value in read_fields(data):
+        member = UNION.get(tag >> 3)
+        if member and tag & 2:
+            message = member.decode(value)
+    return message
+
+
+# -- end of generated code, sha256 115c0d030bb62e92 --
+
+
+# == 5. Frames and addresses ===================================================
+#
+# Addresses are normalised once, where they enter: an IPv4 address in IPv6 dress
+# becomes IPv4.  On the wire they are mangled, so that NAT gateways do not find
+# and rewrite them.  Frames are cut from a TCP stream by a length header of one
+# to four bytes.
+#
+# Uses: Constants, Refusals.
+
+
+class Address(collections.namedtuple("Address", "ip port")):
+    """Where something is: a normalised IP address as text, and a port."""
+
+    __slots__ = ()
+
+    def __str__(self):
+        ip = f"[{self.ip}]" if ":" in self.ip else self.ip
+        return f"{ip}:{self.port}"
+
+    @property
+    def is_ipv6(self):
+        return ":" in self.ip
+
+    @property
+    def is_loopback(self):
+        return self.ip.startswith("127.") or self.ip == "::1"
+
+
+def normalise_ip(text):
+    """Undress an IPv4 address that an IPv6 socket shows as ::ffff:a.b.c.d."""
+    if not text.startswith("::"):
+        return text
+    if text.startswith("::ffff:") and "." in text:
+        return text[7:]
+    packed = ipaddress.IPv6Address(text.partition("%")[0]).packed
+    dressed = packed[:12] in (bytes(12), bytes(10) + b"\xff\xff")
+    if dressed and text not in ("::1", "::"):
+        return ".".join(map(str, packed[12:]))
+    return text
+
+
+def address_of(sockaddr):
+    """The `Address` of a socket call's result; a link-local one keeps its scope."""
+    ip = normalise_ip(sockaddr[0])
+    if len(sockaddr) == 4 and sockaddr[3] and "%" not in ip:
+        ip = f"{ip}%{sockaddr[3]}"
+    return Address(ip, sockaddr[1])
+
+
+def packed_ip(ip):
+    """The 4 or 16 octets of a normalised IP text."""
+    if ":" in ip:
+        return ipaddress.IPv6Address(ip.partition("%")[0]).packed
+    return bytes(map(int, ip.split(".")))
+
+
+def network_key(ip):
+    """What counts as one place: an IPv4 address, or an IPv6 /64."""
+    return packed_ip(ip)[:8] if ":" in ip else ip
+
+
+def mangle(address, nonce):
+    """Give an address the form that travels in `socket_addr`.
+
+    `nonce` is 32 bits of the caller's choice; receivers return them unread.  IPv4
+    gives up to 11 bytes; IPv6 is not mangled, gives 18 and has no room for it.
+    """
+    octets, port = packed_ip(address.ip), address.port
+    if len(octets) == 16:
+        return octets + port.to_bytes(2, "little")
+    ip = int.from_bytes(octets, "little")
+    value = (ip + nonce) << 49 | nonce << 17 | port + (nonce & 0xFFFF)
+    return value.to_bytes(16, "little").rstrip(b"\0")
+
+
+def unmangle(data):
+    """Decode a mangled address as clients do: wrapping, never failing."""
+    if len(data) == 18:
+        ip = str(ipaddress.IPv6Address(bytes(data[:16])))
+        return Address(ip, int.from_bytes(data[16:], "little"))
+    if len(data) > 16:
+        return Address("::", 0)
+    value = int.from_bytes(data, "little")
+    nonce = value >> 17 & 0xFFFFFFFF
+    ip = (value >> 49) - nonce & 0xFFFFFFFF
+    port = (value & 0xFFFFFF) - (nonce & 0xFFFF) & 0xFFFF
+    return Address(".".join(map(str, ip.to_bytes(4, "little"))), port)
+
+
+def unmangle_strictly(data):
+    """Decode a mangled address from a stranger; refuse what no encoder makes."""
+    value = int.from_bytes(data, "little")
+    nonce = value >> 17 & 0xFFFFFFFF
+    if len(data) > 16 and len(data) != 18:
+        raise Refused(Refusal.MALFORMED, f"an address of {len(data)} bytes")
+    if len(data) <= 16 and not (
+        0 <= (value >> 49) - nonce < 1 << 32
+        and 0 <= (value & 0x1FFFF) - (nonce & 0xFFFF) < 1 << 16
+    ):
+        raise Refused(Refusal.MALFORMED, "an address that wraps")
+    address = unmangle(data)
+    if not address.port:
+        raise Refused(Refusal.MALFORMED, "an address without a port")
+    return Address(normalise_ip(address.ip), address.port)
+
+
+def frame_header(size):
+    """The header of a frame of `size` bytes: its length, shortest form."""
+    if size < 1 << 6:
+        return bytes((size << 2,))
+    length = 2 if size < 1 << 14 else 3 if size < 1 << 22 else 4
+    return (size << 2 | length - 1).to_bytes(length, "little")
+
+
+class LengthFraming:
+    """Cuts frames from a byte stream: `receive` bytes, then `take` until None.
+
+    A header of 1 to 4 bytes, little endian: two bits for its own length less one,
+    the rest the payload's.  Payloads above `max_size` are `Refused`, but for an
+    OnlineRequest, which carries a whole address book, when `books` allows it.
+    """
+
+    __slots__ = ("max_size", "books", "buffer", "at", "wanted")
+
+    def __init__(self, max_size, books=False):
+        self.max_size = max_size
+        self.books = books
+        self.buffer = b""
+        self.at = 0  # where the next frame begins
+        self.wanted = 1  # the size of the buffer at which it may be whole
+
+    def receive(self, data):
+        """Add bytes from the stream."""
+        if self.at == len(self.buffer):
+            self.buffer = data
+        elif self.at or type(self.buffer) is bytes:
+            self.buffer = bytearray(self.buffer[self.at:]) + data
+        else:
+            self.buffer += data
+        self.wanted -= self.at
+        self.at = 0
+
+    @property
+    def rest(self):
+        """What came behind the last frame taken."""
+        return bytes(self.buffer[self.at:])
+
+    def take(self):
+        """The next whole payload as bytes, or None when more has to come."""
+        buffer, at = self.buffer, self.at
+        if len(buffer) < self.wanted:
+            return None
+        start = at + (buffer[at] & 3) + 1
+        if len(buffer) < start:
+            self.wanted = start
+            return None
+        size = int.from_bytes(buffer[at:start], "little") >> 2
+        if size > self.max_size and not self.may_be_book(start, size):
+            raise Refused(Refusal.TOO_LARGE, f"a frame of {size} bytes")
+        end = start + size
+        if len(buffer) < end:
+            self.wanted = end
+            return None
+        self.at, self.wanted = end, end + 1
+        return bytes(buffer[start:end])
+
+    def may_be_book(self, start, size):
+        """Whether a frame this long is an OnlineRequest, as far as can be seen."""
+        tag = b"\xba\x01"
+        seen = bytes(self.buffer[start:start + 2])
+        return self.books and size <= MAX_ONLINE_REQUEST_BYTES and tag.startswith(seen)
+
+    def wrap(self, payload):
+        """A payload with its header, ready to be sent."""
+        return frame_header(len(payload)) + payload
+
+    def farewell(self):
+        """What is sent before the connection ends: nothing."""
+        return b""
+
+
+# == 6. WebSocket and HTTP =====================================================
+#
+# RFC 6455 as far as a server without extensions needs it, and as much of HTTP as
+# leads there; bytes in, bytes out.  One binary message is one payload.  Before
+# two ends are paired a `WebSocketFraming` collects whole messages; afterwards
+# translators turn the bytes of one end into those of the other as they come.
+#
+# Uses: Constants, Refusals, Frames and addresses.
+
+WEBSOCKET_GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455 1.3
+TOKEN = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110 5.6.2
+BINARY, TEXT, CONTINUATION, CLOSE, PING, PONG = 2, 1, 0, 8, 9, 10
+
+#: Unmasking adds one of these to a quarter of the payload; made when first needed.
+XOR_TABLES = {}
+#: From this size on four strided translations are faster than one long integer.
+STRIDED_BYTES = 4096
+
+
+class HttpRequest(collections.namedtuple("HttpRequest", "method path headers")):
+    """A request head; header names in lower case, repeated ones joined by commas."""
+
+    __slots__ = ()
+
+    def mentions(self, name, token):
+        """Whether a comma-separated header names `token`, in any case."""
+        return token in map(str.strip, self.headers.get(name, "").lower().split(","))
+
+
+def parse_request_head(data):
+    """The `HttpRequest` at the start of `data` and its size, or None if it goes on.
+
+    Refuses heads above MAX_HTTP_HEAD_BYTES and what RFC 9112 calls invalid.
+    """
+    end = data.find(b"\r\n\r\n", 0, MAX_HTTP_HEAD_BYTES)
+    if end < 0:
+        if len(data) >= MAX_HTTP_HEAD_BYTES:
+            raise Refused(Refusal.TOO_LARGE, "an HTTP request head")
+        return None
+    first, *lines = bytes(data[:end]).split(b"\r\n")
+    words = first.split(b" ")
+    if len(words) != 3 or words[2] not in (b"HTTP/1.1", b"HTTP/1.0"):
+        raise Refused(Refusal.BAD_HTTP, "not a request line")
+    headers = {}
+    for line in lines:
+        name, colon, value = line.partition(b":")
+        if not colon or not TOKEN.fullmatch(name):
+            raise Refused(Refusal.BAD_HTTP, "not a header line")
+        name = name.decode("ascii").lower()
+        value = value.strip(b" \t").decode("latin-1")
+        headers[name] = f"{headers[name]}, {value}" if name in headers else value
+    path = words[1].decode("latin-1")
+    return HttpRequest(words[0].decode("latin-1"), path, headers), end + 4
+
+
+def http_response(status, text="", *fields):
+    """A complete response that ends the connection."""
+    body = text.encode() + b"\n" if text else b""
+    fields += ("Content-Type: text/plain; charset=utf-8", "Connection: close")
+    fields += (f"Content-Length: {len(body)}",)
+    return "\r\n".join((f"HTTP/1.1 {status}", *fields, "", "")).encode("ascii") + body
+
+
+def wants_websocket(request):
+    """Whether a request asks to become a WebSocket at all."""
+    return request.mentions("upgrade", "websocket")
+
+
+def answer_handshake(request):
+    """The response that makes a connection a WebSocket (RFC 6455 4.2), or a refusal.
+
+    Returns (response, accepted).
+    """
+    headers = request.headers
+    if request.method != "GET" or not request.mentions("connection", "upgrade"):
+        return http_response("400 Bad Request", "not a WebSocket handshake"), False
+    if headers.get("sec-websocket-version", "").strip() != "13":
+        version = "Sec-WebSocket-Version: 13"
+        return http_response("426 Upgrade Required", "version 13 only", version), False
+    key = headers.get("sec-websocket-key", "").encode("latin-1")
+    try:
+        valid = len(base64.b64decode(key, validate=True)) == 16
+    except binascii.Error:
+        valid = False
+    if not valid:
+        return http_response("400 Bad Request", "bad Sec-WebSocket-Key"), False
+    digest = base64.b64encode(hashlib.sha1(key + WEBSOCKET_GUID).digest())
+    head = (b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\n"
+            b"Connection: Upgrade\r\nSec-WebSocket-Accept: ")
+    return head + digest + b"\r\n\r\n", True
+
+
+def unmask(payload, mask):
+    """XOR a payload with its 4-byte mask repeated (RFC 6455 5.3)."""
+    size = len(payload)
+    if size < STRIDED_BYTES:
+        repeated = (mask * (size // 4 + 1))[:size]
+        plain = int.from_bytes(payload, "little") ^ int.from_bytes(repeated, "little")
+        return plain.to_bytes(size, "little")
+    plain, payload = bytearray(size), bytes(payload)
+    for i in range(4):
+        plain[i::4] = payload[i::4].translate(xor_table(mask[i]))
+    return plain
+
+
+def xor_table(key):
+    """The translation that adds `key` to every byte."""
+    if key not in XOR_TABLES:
+        XOR_TABLES[key] = bytes(value ^ key for value in range(256))
+    return XOR_TABLES[key]
+
+
+def websocket_header(size, opcode=BINARY, final=True):
+    """The header of an unmasked frame, as servers send it (RFC 6455 5.2)."""
+    first = opcode | final << 7
+    if size < 126:
+        return bytes((first, size))
+    if size < 1 << 16:
+        return bytes((first, 126)) + size.to_bytes(2, "big")
+    return bytes((first, 127)) + size.to_bytes(8, "big")
+
+
+def close_frame(code=1000):
+    """A Close frame with its status code (RFC 6455 7.4.1)."""
+    return websocket_header(2, CLOSE) + code.to_bytes(2, "big")
+
+
+def close_answer(payload):
+    """The Close frame that answers one (RFC 6455 5.5.1): same code, if a legal one."""
+    code = int.from_bytes(payload[:2], "big") if len(payload) > 1 else 1000
+    legal = code in (1000, 1001, 1002, 1003) or 1007 <= code <= 1011 or code >= 3000
+    return close_frame(code if legal and code < 5000 else 1002)
+
+
+class FrameHeader(collections.namedtuple("FrameHeader", "final opcode size mask end")):
+    """The header of a client's frame; `end` is where its payload begins."""
+
+    __slots__ = ()
+
+
+def parse_frame_header(data, at, in_message):
+    """The `FrameHeader` at `data[at:]`, or None if it goes on.
+
+    `in_message` says whether a fragmented message is open.  Refuses what RFC 6455
+    5.1 to 5.5 forbids: no mask, reserved bits, unknown opcodes, long or fragmented
+    control frames, continuations of nothing.
+    """
+    if len(data) - at < 2:
+        return None
+    first, second = data[at], data[at + 1]
+    opcode, final, size = first & 15, first > 127, second & 127
+    if first & 0x70 or second < 128:
+        raise Refused(Refusal.BAD_WEBSOCKET, "an unmasked frame or a reserved bit")
+    if opcode >= CLOSE:
+        if opcode > PONG or not final or size > 125:
+            raise Refused(Refusal.BAD_WEBSOCKET, "a control frame that is none")
+    elif opcode > BINARY or (opcode == CONTINUATION) != in_message:
+        raise Refused(Refusal.BAD_WEBSOCKET, f"opcode {opcode} out of place")
+    start = at + (2 if size < 126 else 4 if size == 126 else 10)
+    if len(data) < start + 4:
+        return None
+    if size > 125:
+        size = int.from_bytes(data[at + 2:start], "big")
+    return FrameHeader(final, opcode, size, bytes(data[start:start + 4]), start + 4)
+
+
+class WebSocketFraming:
+    """Collects binary messages: `receive` bytes, then `take` until None.
+
+    Text messages are skipped, pings answered: `outgoing` holds what has to be sent
+    for that.  After the other side's Close `closed` is true and nothing is taken.
+    Messages above `max_size`, fragments together, are `Refused`.
+    """
+
+    __slots__ = ("max_size", "buffer", "at", "wanted", "message", "opcode", "outgoing",
+                 "closed")
+
+    def __init__(self, max_size, books=False):
+        self.max_size = max(max_size, MAX_ONLINE_REQUEST_BYTES if books else 0)
+        self.buffer, self.at, self.wanted = bytearray(), 0, 1
+        self.message, self.opcode = bytearray(), None
+        self.outgoing, self.closed = b"", False
+
+    def receive(self, data):
+        """Add bytes from the stream."""
+        if self.at:
+            del self.buffer[:self.at]
+            self.wanted -= self.at
+            self.at = 0
+        self.buffer += data
+
+    @property
+    def rest(self):
+        """What came behind the last message taken."""
+        return bytes(self.buffer[self.at:])
+
+    def take(self):
+        """The next whole message as bytes, or None when more has to come."""
+        while len(self.buffer) >= self.wanted and not self.closed:
+            header = parse_frame_header(self.buffer, self.at, self.opcode is not None)
+            if header is None:
+                self.wanted = len(self.buffer) + 1
+                return None
+            size = len(self.message) + header.size
+            if size > self.max_size and header.opcode < CLOSE:
+                raise Refused(Refusal.TOO_LARGE, f"a message of {size} bytes")
+            end = header.end + header.size
+            if len(self.buffer) < end:
+                self.wanted = end
+                return None
+            payload = bytes(unmask(self.buffer[header.end:end], header.mask))
+            self.at, self.wanted = end, end + 1
+            message = self.add(header, payload)
+            if message is not None:
+                return message
+        return None
+
+    def add(self, header, payload):
+        """Take a frame in; the message that it completes, if it is a binary one."""
+        if header.opcode >= CLOSE:
+            self.on_control(header.opcode, payload)
+            return None
+        if header.opcode != CONTINUATION:
+            self.opcode = header.opcode
+        self.message += payload
+        if not header.final:
+            return None
+        message, opcode = bytes(self.message), self.opcode
+        self.message, self.opcode = bytearray(), None
+        return message if opcode == BINARY else None
+
+    def on_control(self, opcode, payload):
+        """Answer a ping with a pong, a Close with a Close (RFC 6455 5.5)."""
+        if opcode == PING:
+            # Only the latest ping needs an answer (RFC 6455 5.5.3).
+            self.outgoing = websocket_header(len(payload), PONG) + payload
+        elif opcode == CLOSE:
+            self.outgoing, self.closed = close_answer(payload), True
+
+    def wrap(self, payload):
+        """A payload as one binary message, ready to be sent."""
+        return websocket_header(len(payload)) + payload
+
+    def farewell(self):
+        """What is sent before we end the connection: a Close, once."""
+        return b"" if self.closed else close_frame()
+
+
+class Translator:
+    """Turns what one end of a session sends into what the other end reads.
+
+    `translate` takes bytes as they come and gives bytes at once; headers are
+    translated when they are whole, payloads follow in pieces.  `left` is what the
+    frame under way to the reader still lacks: only at 0 may a control frame be
+    put between (`insert`).
+    """
+
+    __slots__ = ("rest", "left", "to_websocket", "more", "continued", "control",
+                 "answer", "closed")
+
+    def __init__(self, to_websocket):
+        self.to_websocket = to_websocket
+        self.answer = b""  # what the sender must be told: a pong, or its Close
+        self.closed = False  # whether the sender has said Close
+        self.rest = b""  # the start of a header that goes on
+        self.left = 0  # bytes of the frame under way that the reader still lacks
+        self.more = 0  # bytes of the same message that need a frame of their own
+        self.continued = False  # the next frame to the reader continues a message
+        self.control = b""  # a control frame that waits for `left` to become 0
+
+    def begin(self, size, final=True):
+        """The header(s) that announce `size` more bytes of a message."""
+        if not self.to_websocket:
+            self.left = size
+            return frame_header(size)
+        part = min(size, MAX_WEBSOCKET_FRAME_BYTES)
+        opcode = CONTINUATION if self.continued else BINARY
+        last = final and part == size
+        self.left, self.more, self.continued = part, size - part, not last
+        return websocket_header(part, opcode, last)
+
+    def insert(self, frame):
+        """Put a control frame into the stream: what can be sent of it now."""
+        if self.left or self.more:
+            self.control = frame
+            return b""
+        return frame
+
+    def at_boundary(self, final):
+        """What follows a complete frame: the rest of its message, or a control."""
+        released, self.control = self.control, b""
+        if self.more:
+            return released + self.begin(self.more, final)
+        return released
+
+
+class FrameTranslator(Translator):
+    """From an end that sends RustDesk frames to one that reads WebSocket messages."""
+
+    __slots__ = ()
+
+    def translate(self, data):
+        """Bytes for the reader; `Refused` above MAX_MESSAGE_BYTES."""
+        if self.rest:
+            data, self.rest = self.rest + bytes(data), b""
+        at, end, out = 0, len(data), []
+        left = self.left
+        while at < end:
+            if left:
+                after = min(at + left, end)
+                out.append(data[at:after])
+                self.left = left = left - (after - at)
+                at = after
+                if not left and (self.more or self.control):
+                    out.append(self.at_boundary(True))
+                    left = self.left
+                continue
+            start = at + (data[at] & 3) + 1
+            if start > end:
+                self.rest = bytes(data[at:])
+                break
+            size = int.from_bytes(data[at:start], "little") >> 2
+            if size > MAX_MESSAGE_BYTES:
+                raise Refused(Refusal.TOO_LARGE, f"a message of {size} bytes")
+            at = start
+            out.append(self.begin(size))
+            left = self.left
+        return b"".join(out)
+
+
+class WebSocketTranslator(Translator):
+    """From a WebSocket end to one that reads WebSocket messages or RustDesk frames.
+
+    A fragmented message towards a TCP end has to be collected, since its frame
+    header comes first; everything else passes at once.  Text messages are
+    skipped.
+    """
+
+    __slots__ = ("incoming", "mask", "opcode", "final", "size", "collecting",
+                 "collected")
+
+    def __init__(self, to_websocket):
+        super().__init__(to_websocket)
+        self.incoming = 0  # bytes of the sender's frame that have not come yet
+        self.mask = b""  # its mask, turned to the next byte
+        self.opcode = None  # the kind of the open message, control frames aside
+        self.final = True  # whether the frame under way is the last of its message
+        self.size = 0  # of the open message, as far as its headers have told
+        self.collecting = False  # whether the open message waits for its end
+        self.collected = bytearray()
+
+    def translate(self, data):
+        """Bytes for the reader; `Refused` for what RFC 6455 or our limits forbid."""
+        if self.rest:
+            data, self.rest = self.rest + bytes(data), b""
+        at, end, out = 0, len(data), []
+        while at < end and not self.closed:
+            if self.incoming:
+                after = min(at + self.incoming, end)
+                self.pass_payload(data[at:after], out)
+                at = after
+                continue
+            header = parse_frame_header(data, at, self.opcode is not None)
+            whole = header is not None and (
+                header.opcode < CLOSE or header.end + header.size <= end)
+            if not whole:  # a control frame is taken as a whole
+                self.rest = bytes(data[at:])
+                break
+            at = header.end
+            if header.opcode >= CLOSE:
+                self.on_control(header, data[at:at + header.size])
+                at += header.size
+            else:
+                self.on_data_header(header, out)
+        return b"".join(out)
+
+    def on_data_header(self, header, out):
+        """A data frame begins: announce it to the reader, collect it, or skip it."""
+        self.opcode = header.opcode or self.opcode
+        self.incoming, self.mask, self.final = header.size, header.mask, header.final
+        self.size += header.size
+        if self.size > MAX_MESSAGE_BYTES:
+            raise Refused(Refusal.TOO_LARGE, f"a message of {self.size} bytes")
+        if not header.final and not self.to_websocket:
+            self.collecting = True
+        if self.opcode == BINARY and not self.collecting:
+            out.append(self.begin(header.size, header.final))
+        if not header.size:
+            self.end_frame(out)
+
+    def pass_payload(self, data, out):
+        """Unmask a piece of payload, and pass it on, collect it, or skip it."""
+        size = len(data)
+        if self.opcode == BINARY:
+            plain = unmask(data, self.mask)
+            if self.collecting:
+                self.collected += plain
+            else:
+                self.pass_plain(plain, out)
+        turn = size % 4
+        self.mask = self.mask[turn:] + self.mask[:turn]
+        self.incoming -= size
+        if not self.incoming:
+            self.end_frame(out)
+
+    def pass_plain(self, plain, out):
+        """Payload for the reader, cut where its frames have to end."""
+        while len(plain) > self.left:
+            out.append(plain[:self.left])
+            plain = plain[self.left:]
+            self.left = 0
+            out.append(self.at_boundary(self.final))
+        out.append(plain)
+        self.left -= len(plain)
+        if self.control and not self.left and not self.more:
+            out.append(self.at_boundary(self.final))
+
+    def end_frame(self, out):
+        """The sender's frame is complete, and with the last one its message."""
+        if not self.final:
+            return
+        if self.collecting and self.opcode == BINARY:
+            out.append(self.begin(len(self.collected)))
+            out.append(self.collected)
+            self.left, self.collected = 0, bytearray()
+        self.opcode, self.size, self.collecting = None, 0, False
+
+    def on_control(self, header, payload):
+        """A ping wants its pong, a Close ends the session; a pong wants nothing."""
+        payload = unmask(payload, header.mask)
+        if header.opcode == PING:
+            self.answer = websocket_header(len(payload), PONG) + payload
+        elif header.opcode == CLOSE:
+            self.answer, self.closed = close_answer(payload), True
+
+
+# == 7. Keys ===================================================================
+#
+# One Ed25519 key pair is the server's identity: clients are given its public
+# half and believe no peer's key that it has not signed.  The files are those of
+# the official server.  They are created exclusively, never overwritten, and a
+# key that was asked for and cannot be had stops the start.
+#
+# Uses: Constants, Messages.
+
+ED25519_PRIME = 2**255 - 19
+ED25519_ORDER = 2**252 + 27742317777372353535851937790883648493
+ED25519_D = -121665 * pow(121666, -1, ED25519_PRIME) % ED25519_PRIME
+ED25519_BASE = (
+    15112221349535400772501151409588531511454012693041857206046113283949847762202,
+    46316835694926478169428394003475163141307993866256225615783033603165251855960,
+)
+#: Multiples of the base point, 64 rows of 15; made when the first key is needed.
+ED25519_ROWS = []
+
+
+def add_points(p, q):
+    """The sum of two points in extended coordinates (RFC 8032 5.1.4)."""
+    prime = ED25519_PRIME
+    a = (p[1] - p[0]) * (q[1] - q[0]) % prime
+    b = (p[1] + p[0]) * (q[1] + q[0]) % prime
+    c = 2 * ED25519_D * p[3] * q[3] % prime
+    d = 2 * p[2] * q[2] % prime
+    e, f, g, h = b - a, d - c, d + c, b + a
+    return e * f % prime, g * h % prime, f * g % prime, e * h % prime
+
+
+def base_rows():
+    """Row i holds 1 to 15 times 16**i times the base point."""
+    if not ED25519_ROWS:
+        x, y = ED25519_BASE
+        point = (x, y, 1, x * y % ED25519_PRIME)
+        for _ in range(64):
+            row = list(itertools.accumulate(itertools.repeat(point, 15), add_points))
+            ED25519_ROWS.append(row)
+            point = add_points(row[-1], point)
+    return ED25519_ROWS
+
+
+def multiply_base(scalar):
+    """`scalar` times the base point, in the 32-byte form of RFC 8032 5.1.2."""
+    point = (0, 1, 1, 0)
+    for i, row in enumerate(base_rows()):
+        digit = scalar >> 4 * i & 15
+        if digit:
+            point = add_points(point, row[digit - 1])
+    inverse = pow(point[2], -1, ED25519_PRIME)
+    x, y = point[0] * inverse % ED25519_PRIME, point[1] * inverse % ED25519_PRIME
+    return (y | (x & 1) << 255).to_bytes(32, "little")
+
+
+def expand_seed(seed):
+    """The secret scalar and the prefix of nonces (RFC 8032 5.1.5)."""
+    digest = hashlib.sha512(seed).digest()
+    scalar = int.from_bytes(digest[:32], "little") & (1 << 254) - 8 | 1 << 254
+    return scalar, digest[32:]
+
+
+def built_in_public_key(seed):
+    """The Ed25519 public key of a 32-byte seed (RFC 8032 5.1.5)."""
+    return multiply_base(expand_seed(seed)[0])
+
+
+def built_in_sign(message, secret):
+    """64 bytes of Ed25519 signature, then the message (RFC 8032 5.1.6).
+
+    `secret` is seed and public key, 64 bytes.  Not in constant time, as nothing in
+    Python is: who can measure our instructions sits on this machine.
+    """
+    scalar, prefix = expand_seed(secret[:32])
+    nonce = int.from_bytes(hashlib.sha512(prefix + message).digest(), "little")
+    point = multiply_base(nonce % ED25519_ORDER)
+    challenge = hashlib.sha512(point + secret[32:] + message).digest()
+    product = int.from_bytes(challenge, "little") * scalar
+    return point + ((nonce + product) % ED25519_ORDER).to_bytes(32, "little") + message
+
+
+def nacl_public_key(seed):
+    """The same by libsodium."""
+    return nacl_bindings.crypto_sign_seed_keypair(seed)[0]
+
+
+def nacl_sign(message, secret):
+    """The same by libsodium."""
+    return nacl_bindings.crypto_sign(message, secret)
+
+
+public_key_of = nacl_public_key if nacl_bindings else built_in_public_key
+sign = nacl_sign if nacl_bindings else built_in_sign
+
+
+def decode_base64(text, size):
+    """`size` bytes from standard base64 with padding, or ValueError."""
+    data = base64.b64decode(text.encode("ascii"), validate=True)
+    if len(data) != size:
+        raise ValueError(f"{len(data)} bytes instead of {size}")
+    return data
+
+
+def encode_base64(data):
+    """Standard base64 with padding, as text."""
+    return base64.b64encode(data).decode("ascii")
+
+
+def check_secret(secret):
+    """ValueError unless the public half of a 64-byte secret belongs to its seed."""
+    if public_key_of(secret[:32]) != secret[32:]:
+        raise ValueError("its public half does not belong to its secret half")
+
+
+def generate_secret(random_bytes):
+    """A fresh 64-byte secret: seed and public key.
+
+    Drawn again while the public key's base64 holds a slash, since people paste it
+    into file names and addresses, where that hurts.
+    """
+    while True:
+        seed = random_bytes(32)
+        public = public_key_of(seed)
+        if "/" not in encode_base64(public):
+            return seed + public
+
+
+class ServerKey:
+    """What this server signs with, and what it asks of clients.
+
+    `secret` is 64 bytes or None (then nothing is signed and sessions are
+    unencrypted); `required` is the key that clients must present, "" for any.
+    """
+
+    __slots__ = ("secret", "required")
+
+    def __init__(self, secret, required):
+        self.secret = secret
+        self.required = required
+
+    @property
+    def public_text(self):
+        """The public key as clients type it, or "" without one."""
+        return encode_base64(self.secret[32:]) if self.secret else ""
+
+    def admits(self, licence_key):
+        """Whether a client presented the key that this server asks for."""
+        if not self.required:
+            return True
+        return hmac.compare_digest(licence_key.encode(), self.required.encode())
+
+    def sign_identity(self, peer_id, public_key):
+        """The signed IdPk that lets an initiator verify a peer; b"" without a key."""
+        if self.secret is None or len(public_key) != PUBLIC_KEY_BYTES:
+            return b""
+        return sign(IdPk(id=peer_id, pk=public_key).encode(), self.secret)
+
+
+class KeyTrouble(Exception):
+    """A key that cannot be used; the text tells the operator what to do."""
+
+
+def key_from_setting(text):
+    """The `ServerKey` that a -k value other than "", "-" and "_" stands for.
+
+    64 bytes of base64 are a secret key; any other text is only what clients must
+    present, and nothing is signed.
+    """
+    try:
+        secret = decode_base64(text, 64)
+    except ValueError:  # binascii.Error and UnicodeEncodeError are ValueErrors
+        return ServerKey(None, text)
+    try:
+        check_secret(secret)
+    except ValueError as error:
+        raise KeyTrouble(
+            f"the secret key given by -k or KEY is damaged: {error}; "
+            "take it again from where it was kept") from None
+    return ServerKey(secret, encode_base64(secret[32:]))
+
+
+def read_key_file(directory):
+    """The 64-byte secret of `id_ed25519`, or None where there is no such file."""
+    path = os.path.join(directory, KEY_FILE)
+    try:
+        with open(path, "rb") as file:
+            text = file.read(1024).decode("ascii").strip()
+        secret = decode_base64(text, 64)
+        check_secret(secret)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise KeyTrouble(f"cannot read {path}: {error.strerror}; it must be readable "
+                         "by the user that runs this server") from None
+    except ValueError as error:
+        raise KeyTrouble(f"{path} holds no usable key: {error}; put the right file "
+                         "back, or move it away for a new key (then every client "
+                         "needs the new key)") from None
+    return secret
+
+
+def write_new_file(path, text, mode):
+    """Create `path` with all its content, or leave it alone if it exists.
+
+    Returns whether it was created.  A crash in between leaves no half file where
+    the file system has hard links.
+    """
+    temporary = f"{path}.{os.getpid()}.new"
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    try:
+        with open(descriptor, "w", encoding="ascii") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        return link_new_file(temporary, path)
+    finally:
+        os.unlink(temporary)
+
+
+def link_new_file(temporary, path):
+    """Give a finished file its name; False if the name is taken."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    except OSError:  # FAT and some network shares have no hard links
+        with open(temporary, "rb") as source:
+            try:
+                target = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            except FileExistsError:
+                return False
+            with open(target, "wb") as file:
+                file.write(source.read())
+    return True
+
+
+def create_key_files(directory, random_bytes):
+    """Make a key pair's files unless there are some by now; returns the secret.
+
+    Both roles may be started together in one directory: the first one's key wins.
+    """
+    path = os.path.join(directory, KEY_FILE)
+    secret = generate_secret(random_bytes)
+    try:
+        created = write_new_file(path, encode_base64(secret), 0o600)
+    except OSError as error:
+        raise KeyTrouble(f"cannot create {path}: {error.strerror}; start in a "
+                         "directory where this user may write") from None
+    return secret if created else read_key_file(directory)
+
+
+def check_public_file(directory, secret):
+    """Write a missing `id_ed25519.pub`; returns a warning about a wrong one, or ""."""
+    path = os.path.join(directory, PUBLIC_KEY_FILE)
+    public = encode_base64(secret[32:])
+    try:
+        if not os.path.exists(path):
+            write_new_file(path, public, 0o644)
+        with open(path, "rb") as file:
+            if file.read(1024).strip() == public.encode():
+                return ""
+    except OSError as error:
+        return f"cannot write or read {path}: {error.strerror}; the key is {public}"
+    return (f"{path} does not belong to {KEY_FILE} and was left as it is; clients "
+            f"need the key {public}")
+
+
+def readable_by_others(directory):
+    """A warning when others on this machine can read the secret key, or ""."""
+    path = os.path.join(directory, KEY_FILE)
+    if os.name == "posix" and os.stat(path).st_mode & 0o077:
+        return f"others on this machine can read {path}; run: chmod 600 {path}"
+    return ""
+
+
+def find_orphaned_store(directory):
+    """The name of a state file without its key file, or None."""
+    for name in STORE_FILE, OFFICIAL_STORE_FILE:
+        path = os.path.join(directory, name)
+        if os.path.exists(path) and os.path.getsize(path):
+            return path
+    return None
+
+
+def load_key_files(directory, random_bytes):
+    """Load the key pair of `directory`, or make one for a new server.
+
+    Returns (secret, warnings).  KeyTrouble when it cannot be used, or when peers
+    are known here but the key that they trust is gone.
+    """
+    secret = read_key_file(directory)
+    if secret is None:
+        orphan = find_orphaned_store(directory)
+        if orphan:
+            raise KeyTrouble(
+                f"{orphan} is here but {KEY_FILE} is not: clients trust this server "
+                f"by that key.  Put {KEY_FILE} back from your backup.  If it is lost "
+                f"for good, move {orphan} away: a new key is made, and every client "
+                "needs it")
+        secret = create_key_files(directory, random_bytes)
+    warnings = [check_public_file(directory, secret), readable_by_others(directory)]
+    return secret, [warning for warning in warnings if warning]
+
+
+def load_server_key(setting, is_relay, directory, random_bytes):
+    """The `ServerKey` that the -k or KEY value asks for; returns (key, warnings).
+
+    "-" or "_": the pair of the key files, required.  "": the ID server signs with
+    it and admits anybody, the relay asks nothing.  Anything else: see
+    `key_from_setting`.
+    """
+    if setting == "" and is_relay:
+        return ServerKey(None, ""), []
+    if setting in ("", "-", "_"):
+        secret, warnings = load_key_files(directory, random_bytes)
+        return ServerKey(secret, setting and encode_base64(secret[32:])), warnings
+    key = key_from_setting(setting)
+    if key.secret is None and not is_relay:
+        return key, ["the key given by -k or KEY is a plain text: clients must present "
+                     "it, but nothing is signed with it, so all sessions are "
+                     "UNENCRYPTED; use -k - to have both"]
+    return key, []
+
+
+# == 8. Configuration ==========================================================
+#
+# One table of settings gives the flags, the variables, the lines of the files
+# and the README's table.  Later sources win: environment, `.env`, the -c file,
+# flags.  A wrong value is refused with the setting, the value, where it stands
+# and what is right.
+#
+# Uses: Constants, Frames and addresses.
+
+
+class ConfigTrouble(Exception):
+    """A setting that cannot be used; the text tells the operator what to do."""
+
+
+class Setting(collections.namedtuple(
+        "Setting", "name short parse default metavar text deprecated")):
+    """One row of the table: how a setting is called, read and explained."""
+
+    __slots__ = ()
+
+    @property
+    def attribute(self):
+        """Its name as an attribute and, in upper case, as a variable."""
+        return self.name.replace("-", "_")
+
+
+SETTINGS = {}
+
+
+def setting(name, short, parse, default, metavar, text, deprecated=""):
+    """Add a row to the table of settings."""
+    row = Setting(name, short, parse, default, metavar, text, deprecated)
+    SETTINGS[row.attribute] = row
+
+
+def parse_port(text):
+    """A port; 0 lets the system choose."""
+    if not text.isascii() or not text.isdigit() or int(text) > 65535:
+        raise ValueError("a port is a number from 1 to 65535")
+    return int(text)
+
+
+def parse_count(text):
+    """A whole number from 0."""
+    if not text.isascii() or not text.isdigit():
+        raise ValueError("it must be a whole number")
+    return int(text)
+
+
+def parse_positive(text):
+    """A number above 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < 1e12:
+        raise ValueError("it must be a number above 0")
+    return number
+
+
+def parse_ip(text):
+    """An IP address, normalised; empty for none."""
+    try:
+        return normalise_ip(str(ipaddress.ip_address(text.strip("[]")))) if text else ""
+    except ValueError:
+        raise ValueError("it must be an IP address") from None
+
+
+def parse_networks(text):
+    """Networks in CIDR form, separated by commas."""
+    try:
+        return tuple(ipaddress.ip_network(part.strip(), strict=False)
+                     for part in text.split(",") if part.strip())
+    except ValueError:
+        raise ValueError("it must be a network such as 192.168.0.0/16") from None
+
+
+def parse_yes(text):
+    """Y for yes; anything else is no, as in the official server."""
+    return text.strip().upper() in ("Y", "YES", "TRUE", "1")
+
+
+def parse_text(text):
+    """Any text."""
+    return text
+
+
+def parse_host(text):
+    """A host name or address, with or without a port, as clients understand it."""
+    host, port = split_host(text)
+    if not host or any(c.isspace() or not c.isprintable() for c in host):
+        raise ValueError(f"{text!r} is no host or host:port")
+    if port is not None and not 0 < port < 65536:
+        raise ValueError(f"{text!r} has no usable port")
+    return text
+
+
+def split_host(text):
+    """(host, port or None) of host, host:port, [v6]:port or a bare IPv6 address."""
+    if text.startswith("["):
+        host, _, port = text[1:].partition("]")
+        port = port[1:]
+    elif text.count(":") == 1:
+        host, _, port = text.partition(":")
+    else:
+        return text, None
+    if not port:
+        return host, None
+    return host, int(port) if port.isascii() and port.isdigit() else -1
+
+
+def parse_hosts(text):
+    """A list of hosts separated by commas."""
+    return tuple(parse_host(part.strip()) for part in text.split(",") if part.strip())
+
+
+def parse_level(text):
+    """A level of the log, also out of a RUST_LOG such as `info,hbbs=debug`."""
+    level = text.partition(",")[0].rpartition("=")[2].lower()
+    level = {"trace": "debug", "warning": "warn", "off": "error"}.get(level, level)
+    if level not in ("debug", "info", "warn", "error"):
+        raise ValueError("it must be debug, info, warn or error")
+    return level
+
+
+setting("port", "p", parse_port, None, "PORT",
+        "The ID server's port (21116), UDP and TCP; one below is used for the NAT "
+        "test, two above for WebSocket. With `hbbr`: the relay's port (21117), two "
+        "above for WebSocket. The variable PORT always means the ID server's, the "
+        "relay takes one above.")
+setting("bind", "b", parse_ip, "", "ADDRESS",
+        "The address to listen on (all, IPv4 and IPv6).")
+setting("key", "k", parse_text, None, "KEY",
+        "The key that clients must present. `-` or `_`: the public key of "
+        "`id_ed25519`, made when there is none (default of the ID server); empty: "
+        "any (default of the relay); 64 bytes in base64: a secret key to use instead "
+        "of the file's; anything else: that text, and nothing is signed.")
+setting("relay-servers", "r", parse_hosts, (), "HOSTS",
+        "Relays that clients are sent to, separated by commas (none: they use the ID "
+        "server's host). Of several, those that answer are used in turn.")
+setting("always-use-relay", "", parse_yes, False, "Y",
+        "Y: no direct connections, everything is relayed.")
+setting("mask", "", parse_networks, (), "NETWORK",
+        "The local network, such as 192.168.0.0/16: peers inside and outside of it "
+        "are relayed to each other, inside ones by `--local-ip`.")
+setting("local-ip", "", parse_ip, "", "ADDRESS",
+        "This server's address in the network of `--mask` (found by itself).")
+setting("rmem", "M", parse_count, 0, "BYTES",
+        "The receive buffer of the UDP socket (the system's default).")
+setting("single-bandwidth", "", parse_positive, 128.0, "MBITS",
+        "What one relayed session may carry, both directions together, in Mb/s "
+        "(1 Mb is 1,048,576 bits).")
+setting("total-bandwidth", "", parse_positive, 1024.0, "MBITS",
+        "What all relayed sessions together may carry, in Mb/s.")
+setting("limit-speed", "", parse_positive, 32.0, "MBITS",
+        "What a slowed session may carry, in Mb/s: one with an address of "
+        "`blacklist.txt`, or one that was downgraded.")
+setting("downgrade-threshold", "", parse_positive, 0.66, "SHARE",
+        "A session is downgraded when its average exceeds this share of "
+        "`--single-bandwidth`...")
+setting("downgrade-start-check", "", parse_count, 1800, "SECONDS",
+        "...and it is older than this.")
+setting("idle-limit", "", parse_count, 7200, "SECONDS",
+        "A relayed session that carries nothing for this long is ended (clients keep "
+        "idle tunnels for an hour).")
+setting("log-level", "", parse_level, "info", "LEVEL",
+        "`debug`, `info`, `warn` or `error`. RUST_LOG is understood as well.")
+setting("rendezvous-servers", "R", parse_text, "", "HOSTS", "",
+        deprecated="clients of a server of your own do not use such a list")
+setting("serial", "s", parse_text, "", "NUMBER", "",
+        deprecated="it goes with --rendezvous-servers")
+setting("software-url", "u", parse_text, "", "URL", "",
+        deprecated="clients after 1.2.2 do not ask for it")
+setting("test-hbbs", "", parse_text, "", "ADDRESS", "",
+        deprecated="this server does not test itself by exiting")
+setting("db-url", "", parse_text, "", "URL", "",
+        deprecated=f"peers are kept in {STORE_FILE}")
+setting("max-database-connections", "", parse_text, "", "NUMBER", "",
+        deprecated=f"peers are kept in {STORE_FILE}")
+
+#: Other names that the official programs or their users know.
+ALIASES = {"rust_log": "log_level"}
+
+
+def option_rows():
+    """The README's table: flag, variable, meaning of each setting in use."""
+    return [(f"`{flag_text(row)}`", f"`{row.attribute.upper()}`", row.text)
+            for row in SETTINGS.values() if not row.deprecated]
+
+
+def flag_text(row):
+    """How a setting's flag is written, as in `-p, --port PORT`."""
+    return f"{f'-{row.short}, ' if row.short else ''}--{row.name} {row.metavar}"
+
+
+def canonical_name(name):
+    """A setting's attribute from its name in any case, with - or _."""
+    name = name.strip().lower().replace("-", "_")
+    return ALIASES.get(name, name)
+
+
+def read_config_text(text, origin):
+    """The (name, value, where it stands) of an INI text before its first section."""
+    found = []
+    for number, line in enumerate(text.splitlines(), 1):
+        line = line.strip()
+        if line.startswith("["):
+            break
+        if not line or line[0] in "#;":
+            continue
+        name, equals, value = line.partition("=")
+        if not equals:
+            name, equals, value = line.partition(":")
+        value = value.strip()
+        if len(value) > 1 and value[0] == value[-1] and value[0] in "\"'":
+            value = value[1:-1]
+        found.append((name.strip(), value, f"{origin} line {number}"))
+    return found
+
+
+def read_config_file(path, required):
+    """The entries of a configuration file; ConfigTrouble if it can't be read."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            return read_config_text(file.read(), path)
+    except FileNotFoundError:
+        if not required:
+            return []
+        raise ConfigTrouble(f"there is no file {path}, which -c names") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigTrouble(f"cannot read {path}: {error}") from None
+
+
+class Config:
+    """The settings in force, as attributes, and where each came from (`origins`)."""
+
+    def __init__(self):
+        self.warnings = []
+        self.origins = {}
+        for attribute, row in SETTINGS.items():
+            setattr(self, attribute, row.default)
+
+    def warn(self, text):
+        """Keep a warning for the log, once."""
+        if text not in self.warnings:
+            self.warnings.append(text)
+
+    def apply(self, name, text, origin, strict):
+        """Take a value; ConfigTrouble if it is wrong, a warning if it is unknown."""
+        row = SETTINGS.get(canonical_name(name))
+        if row is None:
+            if strict:
+                self.warn(f"{origin}: no setting is called {name!r}; ignored")
+            return
+        if row.deprecated:
+            self.warn(f"{origin}: {name} does nothing here: {row.deprecated}")
+            return
+        if not text and row.parse is not parse_text:
+            return  # a variable that is set to nothing is not set
+        try:
+            value = row.parse(text)
+        except ValueError as error:
+            raise ConfigTrouble(f"{row.name} = {text!r} ({origin}): {error}") from None
+        setattr(self, row.attribute, value)
+        self.origins[row.attribute] = origin
+
+
+def load_config(role, flags, environment, directory):
+    """The `Config` of a start: environment, `.env`, the -c file and flags, in turn.
+
+    `flags` maps names to texts, `environment` is the process's; `role` is "hbbs",
+    "hbbr" or "both".  ConfigTrouble with a sentence for the operator.
+    """
+    config = Config()
+    for name, text in environment.items():
+        if name == name.upper():
+            config.apply(name, text, f"environment variable {name}", strict=False)
+    for entry in read_config_file(os.path.join(directory, ".env"), required=False):
+        config.apply(*entry, strict=True)
+    if role == "hbbr" and config.port is not None:
+        config.port += bool(config.port)  # the variable means the ID server's port
+    if flags.get("config"):
+        for entry in read_config_file(flags["config"], required=True):
+            config.apply(*entry, strict=True)
+    for name, text in flags.items():
+        if name != "config" and text is not None:
+            config.apply(name, text, f"flag --{name}", strict=True)
+    return config
+
+
+# == 9. Limits =================================================================
+#
+# Every number of "too much".  Tables that strangers fill forget by themselves
+# and never grow beyond a cap; buckets say how long to wait, they never wait.
+#
+# Uses: Constants, Frames and addresses, Configuration.
+
+
+class ExpiringTable:
+    """A dictionary that forgets what was not touched for `seconds`, oldest first.
+
+    Every entry lives equally long, so the order of insertion is the order of
+    expiry, and forgetting costs nothing but what is forgotten.
+    """
+
+    __slots__ = ("seconds", "capacity", "entries")
+
+    def __init__(self, seconds, capacity=MAX_TABLE_ENTRIES):
+        self.seconds = seconds
+        self.capacity = capacity
+        self.entries = {}  # key -> (time it was touched, value)
+
+    def __len__(self):
+        return len(self.entries)
+
+    def put(self, key, value, now):
+        """Insert or replace; at the cap the oldest entry goes and is returned."""
+        self.entries.pop(key, None)
+        self.entries[key] = (now, value)
+        if len(self.entries) > self.capacity:
+            oldest = next(iter(self.entries))
+            return self.entries.pop(oldest)[1]
+        return None
+
+    def get(self, key):
+        """The value under `key`, or None."""
+        entry = self.entries.get(key)
+        return entry[1] if entry else None
+
+    def age(self, key, now):
+        """Seconds since `key` was put; None if it isn't there."""
+        entry = self.entries.get(key)
+        return now - entry[0] if entry else None
+
+    def touch(self, key, now):
+        """Let an entry live from now on."""
+        entry = self.entries.pop(key, None)
+        if entry:
+            self.entries[key] = (now, entry[1])
+
+    def discard(self, key):
+        """Forget `key`, if it is there; returns its value or None."""
+        entry = self.entries.pop(key, None)
+        return entry[1] if entry else None
+
+    def expire(self, now):
+        """Forget what is too old; returns the (key, value) pairs."""
+        limit = now - self.seconds
+        old = list(itertools.takewhile(lambda item: item[1][0] <= limit,
+                                       self.entries.items()))
+        for key, _ in old:
+            del self.entries[key]
+        return [(key, value) for key, (_, value) in old]
+
+
+class Bucket:
+    """Bandwidth as the official relay counts it: a tenth of a second's worth at most.
+
+    Filled at `rate` bits per second; who empties it has to wait until it would be
+    full again.
+    """
+
+    __slots__ = ("rate", "capacity", "level", "filled")
+
+    def __init__(self, megabits, now):
+        self.rate = megabits * 1048576
+        self.capacity = self.rate / 10
+        self.level = self.capacity
+        self.filled = now
+
+    def take(self, bits, now):
+        """Take `bits` out; returns the seconds to wait before the next are moved."""
+        self.level = min(self.capacity, self.level + (now - self.filled) * self.rate)
+        self.level -= bits
+        self.filled = now
+        if self.level > 0:
+            return 0.0
+        return (self.capacity - self.level) / self.rate
+
+
+class RegistrationLimits:
+    """How often ids may be registered, and how many from one place.
+
+    The numbers are the official server's: 30 registrations a minute and 300 ids a
+    day from one address (IPv6: one /64), 3 in six seconds for one id.
+    """
+
+    PER_ADDRESS, ADDRESS_SECONDS = 30, 60.0
+    IDS_PER_ADDRESS, IDS_SECONDS = 300, 86400.0
+    PER_ID, ID_SECONDS = 3, 6.0
+
+    def __init__(self):
+        self.counts = ExpiringTable(self.ADDRESS_SECONDS)  # place -> [requests]
+        self.ids = ExpiringTable(self.IDS_SECONDS)  # place -> set of ids
+        self.recent = ExpiringTable(self.ID_SECONDS)  # peer_id -> [requests]
+
+    def admits_address(self, ip, peer_id, now):
+        """Whether an address may register one more id; counts it."""
+        place = network_key(ip)
+        self.counts.expire(now)
+        self.ids.expire(now)
+        count = self.counts.get(place) or [-1]  # the very first is not counted
+        ids = self.ids.get(place) or set()
+        if count[0] >= self.PER_ADDRESS:
+            return False
+        if len(ids) >= self.IDS_PER_ADDRESS and peer_id not in ids:
+            return False
+        count[0] += 1
+        ids.add(peer_id)
+        self.counts.put(place, count, now)
+        self.ids.put(place, ids, now)
+        return True
+
+    def admits_id(self, peer_id, now):
+        """Whether an id may register once more; counts it."""
+        self.recent.expire(now)
+        count = self.recent.get(peer_id) or [0]
+        if count[0] >= self.PER_ID:
+            return False
+        count[0] += 1
+        self.recent.put(peer_id, count, now)
+        return True
+
+
+# == 10. Peer store ============================================================
+#
+# Which device owns which id, and its key: one JSON object a line, the last line
+# of an id wins.  Lines are appended before the answer that promises them leaves;
+# when more of the file is out of date than in force, it is written anew, in
+# slices, and replaced in one step.
+#
+# Uses: Constants, Refusals, Frames and addresses.
+
+
+class Peer:
+    """A RustDesk installation: its id, the device that owns it, and its key.
+
+    `ip` is where it last proved its key from; `created` is the time of its first
+    registration in seconds since 1970.  `signed` keeps the signed identity, which
+    is the same for every call.
+    """
+
+    __slots__ = ("peer_id", "device_uuid", "public_key", "ip", "created", "signed")
+
+    def __init__(self, peer_id, device_uuid, public_key, ip="", created=0):
+        self.peer_id = peer_id
+        self.device_uuid = device_uuid
+        self.public_key = public_key
+        self.ip = ip
+        self.created = created
+        self.signed = None
+
+    def __eq__(self, other):
+        return isinstance(other, Peer) and self.to_line() == other.to_line()
+
+    def __repr__(self):
+        return f"Peer({self.to_line()})"
+
+    def to_line(self):
+        """This peer as a line of the store."""
+        return json.dumps({
+            "id": self.peer_id,
+            "uuid": base64.b64encode(self.device_uuid).decode("ascii"),
+            "pk": base64.b64encode(self.public_key).decode("ascii"),
+            "ip": self.ip,
+            "created": self.created,
+        }, ensure_ascii=False, separators=(",", ":")) + "\n"
+
+
+def peer_from_line(line):
+    """The `Peer` of a line of the store; ValueError if it is none."""
+    entry = json.loads(line.decode("utf-8"))
+    if not isinstance(entry, dict):
+        raise ValueError("not an object")
+    try:
+        peer_id = entry["id"]
+        peer_id.encode("utf-8")
+        device_uuid = base64.b64decode(entry["uuid"], validate=True)
+        public_key = base64.b64decode(entry["pk"], validate=True)
+        ip, created = str(entry.get("ip", "")), int(entry.get("created", 0))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"lacks {error}") from None
+    if not peer_id or not device_uuid or len(public_key) != PUBLIC_KEY_BYTES:
+        raise ValueError("an id, device uuid or key of the wrong size")
+    return Peer(peer_id, device_uuid, public_key, ip, created)
+
+
+class PeerStore:
+    """All known peers in memory, and their file behind them.
+
+    `append` raises OSError when the disk does not take the records: then nothing
+    has changed, in the file or in memory.
+    """
+
+    #: Below this size a file is not worth writing anew.
+    COMPACT_FROM_BYTES = 256 * 1024
+    #: Lines written per step while a file is written anew.
+    SLICE_LINES = 500
+
+    def __init__(self, path):
+        self.path = path
+        self.peers = {}
+        self.descriptor = None
+        self.file_bytes = self.file_lines = 0
+        self.bad_lines = []  # (line number, why) of lines that were passed over
+        self.torn = b""  # an unfinished last line
+        self.unsynced = False
+        self.compaction = None
+
+    def load(self):
+        """Read the file, if there is one; bad lines are passed over and counted."""
+        try:
+            with open(self.path, "rb") as file:
+                for number, line in enumerate(file, 1):
+                    self.load_line(number, line)
+        except FileNotFoundError:
+            pass
+
+    def load_line(self, number, line):
+        """Take one line in."""
+        if not line.endswith(b"\n"):
+            self.torn = line
+            return
+        self.file_bytes += len(line)
+        self.file_lines += 1
+        try:
+            peer = peer_from_line(line)
+            self.peers[peer.peer_id] = peer
+        except (ValueError, RecursionError) as error:
+            self.bad_lines.append((number, str(error)))
+
+    def open(self):
+        """Open the file for appending; cuts a torn last line off."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+        self.descriptor = os.open(self.path, flags, 0o600)
+        os.ftruncate(self.descriptor, self.file_bytes)
+
+    def append(self, peers):
+        """Write records with one call, then let them be in force."""
+        lines = "".join(peer.to_line() for peer in peers).encode("utf-8")
+        self.write(lines)
+        self.file_lines += len(peers)
+        for peer in peers:
+            self.peers[peer.peer_id] = peer
+        if self.compaction is not None:
+            self.compaction.append(lines, len(peers))
+
+    def write(self, data):
+        """All of `data` or nothing of it: a half line would spoil the next one."""
+        if self.descriptor is None:
+            raise OSError(errno.EBADF, "the store is not open")
+        try:
+            written = os.write(self.descriptor, data)
+            if written < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            os.ftruncate(self.descriptor, self.file_bytes)
+            raise
+        self.file_bytes += written
+        self.unsynced = True
+
+    def sync(self):
+        """Make what was appended survive a power cut; may block, for the helper."""
+        self.unsynced = False
+        if self.descriptor is not None:
+            getattr(os, "fdatasync", os.fsync)(self.descriptor)
+
+    def needs_compaction(self):
+        """Whether more of the file is out of date than in force."""
+        return (self.compaction is None and self.file_bytes > self.COMPACT_FROM_BYTES
+                and self.file_lines > 2 * len(self.peers))
+
+    def close(self):
+        """Close the file."""
+        if self.descriptor is not None:
+            os.close(self.descriptor)
+            self.descriptor = None
+
+
+class Compaction:
+    """A store being written anew beside its file, a slice at a time.
+
+    `step` until it returns True, then `sync` (which may block), then `finish`.  Any
+    of them may raise OSError: then `abandon`, and the old file stays in force.
+    """
+
+    def __init__(self, store):
+        self.store = store
+        self.path = store.path + ".new"
+        self.descriptor = None
+        self.remaining = iter(list(store.peers))
+        self.bytes = self.lines = 0
+
+    def begin(self):
+        """Create the new file; records appended from now on go to both."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+        self.descriptor = os.open(self.path, flags, 0o600)
+        self.store.compaction = self
+
+    def step(self):
+        """Write the next slice; True when there is no more."""
+        ids = list(itertools.islice(self.remaining, self.store.SLICE_LINES))
+        peers = [self.store.peers[i] for i in ids if i in self.store.peers]
+        lines = "".join(peer.to_line() for peer in peers)
+        self.write(lines.encode("utf-8"), len(peers))
+        return len(ids) < self.store.SLICE_LINES
+
+    def append(self, data, lines):
+        """Records that came meanwhile; a full disk ends the rewriting, no more."""
+        try:
+            self.write(data, lines)
+        except OSError:
+            self.abandon()
+
+    def write(self, data, lines):
+        """Write all of `data` to the new file."""
+        self.bytes += len(data)
+        self.lines += lines
+        while data:
+            data = data[os.write(self.descriptor, data):]
+
+    def sync(self):
+        """Make the new file survive a power cut; may block, for the helper."""
+        os.fsync(self.descriptor)
+
+    def finish(self):
+        """Replace the old file; returns its descriptor, for the helper to close."""
+        os.replace(self.path, self.store.path)
+        old, self.store.descriptor = self.store.descriptor, self.descriptor
+        self.store.file_bytes, self.store.file_lines = self.bytes, self.lines
+        self.store.compaction = None
+        return old
+
+    def abandon(self):
+        """Give up: remove the new file."""
+        if self.store.compaction is self:
+            self.store.compaction = None
+        if self.descriptor is not None:
+            os.close(self.descriptor)
+            self.descriptor = None
+            try:
+                os.unlink(self.path)
+            except OSError:
+                pass  # it is written over by the next compaction
+
+
+def sync_directory(path):
+    """Make a new name in a directory survive a power cut, where that can be asked."""
+    try:
+        descriptor = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass
+    finally:
+        os.close(descriptor)
+
+
+# == 11. Attempts ==============================================================
+#
+# What became of each attempt, in words and numbers: what the roles tell the
+# operator.  Everything here is bounded.
+#
+# Uses: Constants, Refusals, Limits.
+
+
+class PunchRecord(collections.namedtuple(
+        "PunchRecord", "at initiator_ip peer_id target_ip")):
+    """One request to reach a peer, as the official console lists them."""
+
+    __slots__ = ()
+
+
+class Attempts:
+    """Counters of every outcome, and the last requests and address changes."""
+
+    #: The official server lists a repetition within a minute only once, and looks
+    #: for it among its last 30 entries.
+    REPEAT_SECONDS, REPEAT_LOOKBACK = 60.0, 30
+    KEPT_REQUESTS = 1000
+    CHANGES_SECONDS, KEPT_CHANGES = 360.0, 10_000
+
+    def __init__(self):
+        self.counters = collections.Counter()
+        self.punch_requests = collections.deque(maxlen=self.KEPT_REQUESTS)
+        self.changes = ExpiringTable(self.CHANGES_SECONDS, self.KEPT_CHANGES)
+
+    def count(self, word):
+        """One more of an outcome."""
+        self.counters[word] += 1
+
+    def note_punch(self, initiator_ip, peer_id, target_ip, now):
+        """Remember who asked for whom."""
+        recent = itertools.islice(reversed(self.punch_requests), self.REPEAT_LOOKBACK)
+        for record in recent:
+            if (record.initiator_ip == initiator_ip and record.peer_id == peer_id
+                    and now - record.at < self.REPEAT_SECONDS):
+                return
+        self.punch_requests.append(PunchRecord(now, initiator_ip, peer_id, target_ip))
+
+    def note_change(self, peer_id, old_ip, new_ip, now):
+        """Remember that a peer came from another address than before."""
+        counts = self.changes.get(peer_id) or collections.Counter({old_ip: 1})
+        counts[new_ip] += 1
+        self.changes.put(peer_id, counts, now)
+
+
+# == 12. Actions ===============================================================
+#
+# What a role can ask for.  Its handlers are generators of these; `Server.perform`
+# carries them out when a handler has finished.  `then` and `otherwise` are called
+# with the time and yield more actions.
+#
+# Uses: nothing.
+
+
+class Listener(enum.Enum):
+    """Where a message came in."""
+
+    UDP = "udp"  # the ID server's datagrams
+    TCP = "tcp"  # the ID server's main port
+    NAT_TEST = "nat-test"  # one below it: one question, one answer
+    WEBSOCKET = "websocket"  # a WebSocket to the ID server
+    RELAY = "relay"  # the relay, either transport
+
+
+class Link:
+    """One TCP or WebSocket connection as a role sees it.
+
+    `errand` belongs to the role: what it keeps with this link.
+    """
+
+    __slots__ = ("listener", "address", "is_websocket", "errand")
+
+    def __init__(self, listener, address, is_websocket=False):
+        self.listener = listener
+        self.address = address
+        self.is_websocket = is_websocket
+        self.errand = None
+
+
+class Origin(collections.namedtuple(
+        "Origin", "listener address link sockaddr datagram")):
+    """Where a message came from: over a link, or as a datagram from a `sockaddr`."""
+
+    __slots__ = ()
+
+
+#: Send a message over a link; nothing happens if the link has ended.
+Send = collections.namedtuple("Send", "link message")
+#: Send a message as a datagram to what a socket call calls an address.
+SendDatagram = collections.namedtuple("SendDatagram", "sockaddr message")
+#: End a link; what was sent before still arrives.
+Close = collections.namedtuple("Close", "link")
+#: End our half of a link, wait for the other's end, then do `then`.
+HangUp = collections.namedtuple("HangUp", "link then")
+#: Move bytes between two links from now on, charged to a session.
+Pair = collections.namedtuple("Pair", "session")
+#: Write a peer to the store, then do `then`; if the disk fails, `otherwise`.
+Store = collections.namedtuple("Store", "peer then otherwise")
+#: Do `then` in so many seconds.
+Later = collections.namedtuple("Later", "seconds then")
+#: Count an outcome and log it in a line.
+Report = collections.namedtuple("Report", "word text")
+#: Count a refusal and log it, no more than so often.
+Refuse = collections.namedtuple("Refuse", "refusal text")
+
+
+# == 13. Rendezvous ============================================================
+#
+# The ID server (hbbs): who is where, and the introduction of an initiator (A in
+# the comments) to its target (B).  A holds a TCP or WebSocket link, B has
+# registered a route.  We call B over its route; B answers over a link of its
+# own, naming A by the mangled address that we gave it.  Answers count only for a
+# call that is awaited, and nothing a stranger says passes unread: every message
+# is built anew.
+#
+# Uses: Constants, Refusals, Messages, Frames and addresses, Keys, Limits,
+# Peer store, Attempts, Actions.
+
+ONLINE, UNREGISTERED = RegisterPeerResponse(), RegisterPeerResponse(request_pk=True)
+Result, Failure = RegisterPkResponse.Result, PunchHoleResponse.Failure
+
+#: Clients translate these texts, and do not try again by themselves.
+UNKNOWN_ID_TEXT = "ID does not exist"
+OFFLINE_TEXT = "Remote desktop is offline"
+
+
+class Call(enum.Enum):
+    """What an initiator waits for, and so which answers count."""
+
+    PUNCH = "hole punch"  # PunchHoleSent, or RelayResponse with the peer's id
+    INTRANET = "same intranet"  # LocalAddr, or RelayResponse with the peer's id
+    RELAY = "relay"  # RelayResponse without an id
+
+
+class Registration:
+    """A peer's fresh route: where its datagrams come from, and when it was seen."""
+
+    __slots__ = ("address", "sockaddr", "seen", "datagram")
+
+    def __init__(self, address, sockaddr, seen):
+        self.address = address
+        self.sockaddr = sockaddr
+        self.seen = seen
+        self.datagram = None  # the RegisterPeer that renews it, byte for byte
+
+
+class Awaited:
+    """An initiator's request, until its target has answered.
+
+    `token` is the initiator's mangled address with 32 random bits, which only the
+    target learns; an IPv6 address has no room for them.
+    """
+
+    __slots__ = ("link", "peer_id", "token", "call", "relay_server", "calls",
+                 "answered")
+
+    def __init__(self, link, peer_id, token):
+        self.link = link
+        self.peer_id = peer_id
+        self.token = token
+        self.call = None
+        self.relay_server = ""
+        self.calls = 0
+        self.answered = False
+
+
+def judge_form(request):
+    """The result and refusal for a RegisterPk's form alone; (OK, None) if right."""
+    size = len(request.id.encode())
+    if size < MIN_ID_BYTES:
+        return Result.UUID_MISMATCH, Refusal.ID_TOO_SHORT  # the client makes another id
+    if size > MAX_ID_BYTES or not request.id.isprintable() or " " in request.id:
+        return Result.INVALID_ID_FORMAT, Refusal.BAD_ID
+    if len(request.pk) != PUBLIC_KEY_BYTES or len(request.uuid) > MAX_DEVICE_UUID_BYTES:
+        return Result.NOT_SUPPORT, Refusal.BAD_PUBLIC_KEY
+    return Result.OK, None
+
+
+class RelayServers:
+    """The relays that clients are sent to; of several, the healthy ones in turn."""
+
+    def __init__(self, names):
+        self.names = names
+        self.healthy = names
+        self.turn = 0
+
+    def choose(self):
+        """The next relay, or "" when there is none (clients use our host then)."""
+        if not self.healthy:
+            return ""
+        self.turn += 1
+        return self.healthy[self.turn % len(self.healthy)]
+
+    def on_health(self, healthy):
+        """Take the result of a check; when none answers the list stays as it was."""
+        if healthy:
+            self.healthy = tuple(name for name in self.names if name in healthy)
+
+
+class Rendezvous:
+    """The state of the ID server, and what it does with each message."""
+
+    def __init__(self, config, key, store, attempts, random_bytes):
+        self.config = config
+        self.key = key
+        self.store = store
+        self.attempts = attempts
+        self.random_bytes = random_bytes
+        self.limits = RegistrationLimits()
+        self.relays = RelayServers(config.relay_servers)
+        self.local_relay = config.local_ip  # how local peers reach our relay
+        self.registrations = {}  # peer_id -> Registration
+        self.renewals = {}  # a client's RegisterPeer datagram -> Registration
+        self.unwritten = {}  # peer_id -> Peer on its way to the disk
+        self.moving = set()  # ids whose old route has been asked
+        self.awaited = ExpiringTable(AWAITED_TTL_SECONDS)  # token -> Awaited
+        self.intranet = {}  # (address of A, peer_id) -> Awaited
+
+    # -- registration ----------------------------------------------------------
+
+    def online(self, peer_id, now):
+        """The registration of a peer that is online, or None."""
+        registration = self.registrations.get(peer_id)
+        if registration and now - registration.seen < REGISTRATION_TTL_SECONDS:
+            return registration
+        return None
+
+    def on_register_peer(self, request, origin, now):
+        """A peer says that it is still there.
+
+        It proves nothing, so it renews a route but never moves one: from anywhere
+        else the peer is asked for its key.
+        """
+        if not request.id:
+            return
+        registration = self.registrations.get(request.id)
+        if registration is None or registration.sockaddr != origin.sockaddr:
+            yield SendDatagram(origin.sockaddr, UNREGISTERED)
+            return
+        registration.seen = now
+        self.remember_renewal(registration, origin.datagram)
+        yield SendDatagram(origin.sockaddr, ONLINE)
+
+    def remember_renewal(self, registration, datagram):
+        """The next datagram like this one needs no parsing."""
+        if registration.datagram != datagram:
+            self.renewals.pop(registration.datagram, None)
+            registration.datagram = datagram
+            self.renewals[datagram] = registration
+
+    def on_register_pk(self, request, origin, now):
+        """A peer claims its id with its device's uuid and its public key."""
+        if not request.uuid or not request.pk:
+            text = f"{request.id!a} from {origin.address}"
+            yield Refuse(Refusal.NO_DEVICE_UUID, text)
+            return
+        result, refusal = self.judge_claim(request, origin, now)
+        if refusal is not None:
+            yield Refuse(refusal, f"{request.id!a} from {origin.address}")
+            yield SendDatagram(origin.sockaddr, RegisterPkResponse(result=result))
+            return
+        yield from self.accept_claim(request, origin, now)
+
+    def judge_claim(self, request, origin, now):
+        """The result and refusal for a RegisterPk; (OK, None) if it may register.
+
+        UUID_MISMATCH costs a client its id, so it is said only when the id really
+        is another device's, or too short ever to be used.
+        """
+        known = self.unwritten.get(request.id) or self.store.peers.get(request.id)
+        result, refusal = judge_form(request)
+        if refusal is not None:
+            return result, refusal
+        proven = known is not None and (known.device_uuid, known.public_key) == (
+            request.uuid, request.pk)
+        ip = origin.address.ip
+        if not proven and not self.limits.admits_address(ip, request.id, now):
+            return Result.TOO_FREQUENT, Refusal.TOO_FREQUENT
+        if known is not None and known.device_uuid != request.uuid:
+            return Result.UUID_MISMATCH, Refusal.DEVICE_MISMATCH
+        if known is not None and known.public_key != request.pk and known.ip != ip:
+            # A phone's uuid is its public key, which every initiator learns, so it
+            # proves nothing; and any other refusal than this costs no id.
+            return Result.SERVER_ERROR, Refusal.KEY_CHANGED
+        if not self.limits.admits_id(request.id, now):
+            return Result.TOO_FREQUENT, Refusal.TOO_FREQUENT
+        return Result.OK, None
+
+    def accept_claim(self, request, origin, now):
+        """Let a proven claim have its route, after what has to come first."""
+        old = self.online(request.id, now)
+        if (request.uuid == request.pk and old is not None
+                and old.address.ip != origin.address.ip):
+            yield from self.ask_old_route(request, origin, old, now)
+        else:
+            yield from self.record_claim(request, origin, now)
+
+    def ask_old_route(self, request, origin, old, now):
+        """A phone appears elsewhere: its uuid is no secret, so ask where it was."""
+        if request.id in self.moving:
+            return
+        self.moving.add(request.id)
+        yield SendDatagram(old.sockaddr, UNREGISTERED)
+
+        def decide(later):
+            self.moving.discard(request.id)
+            current = self.registrations.get(request.id)
+            if current is old and old.seen <= now:
+                yield from self.record_claim(request, origin, later)
+            else:
+                yield Refuse(Refusal.OLD_ROUTE_LIVES, (
+                    f"{request.id!a} from {origin.address}: {old.address} answers"))
+                yield SendDatagram(
+                    origin.sockaddr, RegisterPkResponse(result=Result.TOO_FREQUENT))
+
+        yield Later(ROUTE_CHECK_SECONDS, decide)
+
+    def record_claim(self, request, origin, now):
+        """Store what is new in a claim, then register its route."""
+        known = self.store.peers.get(request.id)
+        peer = Peer(request.id, request.uuid, request.pk, origin.address.ip,
+                    known.created if known else 0)
+        if known == peer:
+            yield from self.register(known, origin, now)
+            return
+        self.unwritten[request.id] = peer
+
+        def written(later):
+            self.unwritten.pop(request.id, None)
+            if known is not None and known.ip != peer.ip:
+                self.attempts.note_change(peer.peer_id, known.ip, peer.ip, later)
+            yield from self.register(peer, origin, later)
+
+        def failed(later):
+            self.unwritten.pop(request.id, None)
+            if known is not None and known.public_key == peer.public_key:
+                # Only its address is new: that may be forgotten.
+                yield from self.register(known, origin, later)
+                return
+            yield Refuse(Refusal.STORE_FAILED, f"{request.id!a} from {origin.address}")
+            yield SendDatagram(
+                origin.sockaddr, RegisterPkResponse(result=Result.SERVER_ERROR))
+
+        yield Store(peer, written, failed)
+
+    def register(self, peer, origin, now):
+        """Make this the peer's route, and say so."""
+        registration = self.registrations.get(peer.peer_id)
+        if registration is None or registration.sockaddr != origin.sockaddr:
+            self.end_route(peer.peer_id)
+            registration = Registration(origin.address, origin.sockaddr, now)
+            self.registrations[peer.peer_id] = registration
+            yield Report("registered", f"{peer.peer_id!a} is at {origin.address}")
+        registration.seen = now
+        yield SendDatagram(origin.sockaddr, RegisterPkResponse(result=Result.OK))
+
+    def end_route(self, peer_id):
+        """Forget a peer's route and the datagram that renewed it."""
+        registration = self.registrations.pop(peer_id, None)
+        if registration is not None:
+            self.renewals.pop(registration.datagram, None)
+
+    def refuse_link_registration(self, request, origin, now):
+        """Registration over a link, or a change of id: clients are told to stop."""
+        yield Refuse(Refusal.NOT_ACCEPTED_HERE, f"RegisterPk from {origin.address}")
+        yield Send(origin.link, RegisterPkResponse(result=Result.NOT_SUPPORT))
+        yield Close(origin.link)
+
+    # -- questions -------------------------------------------------------------
+
+    def on_test_nat_request(self, request, origin, now):
+        """Tell a client the port that it has for us, so that it knows its NAT."""
+        yield Send(origin.link, TestNatResponse(port=origin.address.port))
+        yield Close(origin.link)
+
+    def on_online_request(self, request, origin, now):
+        """Which of these peers are online: a bit each, most significant first.
+
+        The answer is never shorter than the question asks for: clients index it
+        unchecked.
+        """
+        states = bytearray((len(request.peers) + 7) // 8)
+        for i, peer_id in enumerate(request.peers):
+            if self.online(peer_id, now):
+                states[i >> 3] |= 0x80 >> (i & 7)
+        yield Send(origin.link, OnlineResponse(states=bytes(states)))
+        if origin.listener is Listener.NAT_TEST:
+            yield Close(origin.link)
+
+    # -- introductions ---------------------------------------------------------
+
+    def on_punch_hole_request(self, request, origin, now):
+        """A wants B: tell B where A is, and keep A's link for B's answer."""
+        if not self.key.admits(request.licence_key):
+            text = f"{origin.address} asked for {request.id!a}"
+            yield Refuse(Refusal.WRONG_KEY, text)
+            mismatch = PunchHoleResponse(failure=Failure.LICENSE_MISMATCH)
+            yield Send(origin.link, mismatch)
+            return
+        target = self.online(request.id, now)
+        if target is None:
+            refusal, failure, _ = self.absence(request.id)
+            yield Refuse(refusal, f"{origin.address} asked for {request.id!a}")
+            yield Send(origin.link, PunchHoleResponse(failure=failure))
+            return
+        awaited = self.await_answer(origin, request.id, now)
+        if awaited is None:
+            yield Refuse(Refusal.TOO_MANY_TARGETS, str(origin.address))
+            yield Close(origin.link)
+            return
+        self.attempts.note_punch(
+            origin.address.ip, request.id, target.address.ip, now)
+        message = self.call_message(request, awaited, target.address)
+        yield SendDatagram(target.sockaddr, message)
+
+    def absence(self, peer_id):
+        """Why a peer cannot be reached: (refusal, failure, text for the user)."""
+        if peer_id in self.store.peers:
+            return Refusal.OFFLINE, Failure.OFFLINE, OFFLINE_TEXT
+        return Refusal.UNKNOWN_ID, Failure.ID_NOT_EXIST, UNKNOWN_ID_TEXT
+
+    def await_answer(self, origin, peer_id, now):
+        """The `Awaited` of a link for a peer: the one under way, or a new one.
+
+        A repeats its request while it waits, and B must see the same token then.
+        None when the link asks for too many peers.
+        """
+        link = origin.link
+        if link.errand is None:
+            link.errand = {}
+        awaited = link.errand.get(peer_id)
+        if awaited is None or awaited.answered or not self.awaited.get(awaited.token):
+            if awaited is None and len(link.errand) >= AWAITED_PER_LINK:
+                return None
+            awaited = Awaited(link, peer_id, self.make_token(link.address))
+            link.errand[peer_id] = awaited
+        evicted = self.awaited.put(awaited.token, awaited, now)
+        if evicted is not None:
+            self.forget_awaited(evicted)
+        awaited.calls += 1
+        return awaited
+
+    def make_token(self, address):
+        """A mangled address whose free bits nobody can guess."""
+        return mangle(address, int.from_bytes(self.random_bytes(4), "little"))
+
+    def forget_awaited(self, awaited):
+        """Nobody waits for this any more."""
+        if self.awaited.get(awaited.token) is awaited:
+            self.awaited.discard(awaited.token)
+        self.intranet.pop((awaited.link.address, awaited.peer_id), None)
+
+    def call_message(self, request, awaited, target_address):
+        """The message that calls B: within its network, by a hole, or to the relay."""
+        link = awaited.link
+        a_is_local = self.is_local(link.address.ip)
+        b_is_local = self.is_local(target_address.ip)
+        forced = a_is_local != b_is_local
+        forced = forced or self.must_relay(request, link, target_address)
+        awaited.relay_server = self.relays.choose()
+        if b_is_local and not a_is_local:
+            awaited.relay_server = self.local_relay or awaited.relay_server
+        same_place = link.address.ip == target_address.ip or a_is_local and b_is_local
+        if same_place and not forced:
+            awaited.call = Call.INTRANET
+            self.intranet[link.address, awaited.peer_id] = awaited
+            return FetchLocalAddr(
+                socket_addr=awaited.token, relay_server=awaited.relay_server)
+        awaited.call = Call.PUNCH
+        return PunchHole(
+            socket_addr=awaited.token, relay_server=awaited.relay_server,
+            nat_type=NatType.SYMMETRIC if forced else request.nat_type,
+            force_relay=forced)
+
+    def must_relay(self, request, link, target_address):
+        """Whether a direct connection is unwanted or cannot come about."""
+        return bool(
+            self.config.always_use_relay
+            or request.force_relay or request.nat_type == NatType.SYMMETRIC
+            or link.is_websocket
+            or link.address.is_ipv6 != target_address.is_ipv6
+            or target_address.is_loopback and not link.address.is_loopback)
+
+    def is_local(self, ip):
+        """Whether an address is inside the network of --mask."""
+        if not self.config.mask:
+            return False
+        address = ipaddress.ip_address(ip.partition("%")[0])
+        return any(address in network for network in self.config.mask)
+
+    def find_awaited(self, token, peer_id, calls, origin):
+        """The request that an answer belongs to, or None.
+
+        Without random bits in the token (IPv6) the answer must come from where the
+        peer is registered.
+        """
+        awaited = self.awaited.get(token)
+        if awaited is None or awaited.call not in calls:
+            return None
+        if peer_id != ("" if awaited.call is Call.RELAY else awaited.peer_id):
+            return None
+        if len(token) == 18 and not self.is_at_home(awaited.peer_id, origin.address.ip):
+            return None
+        return awaited
+
+    def is_at_home(self, peer_id, ip):
+        """Whether an address is where the peer is registered, or in the same /64."""
+        registration = self.registrations.get(peer_id)
+        return registration is not None and (
+            network_key(registration.address.ip) == network_key(ip))
+
+    def refuse_answer(self, message, origin):
+        """An answer that nobody asked for, or one more than was asked for."""
+        text = f"{type(message).__name__} from {origin.address}"
+        yield Refuse(Refusal.NOT_AWAITED, text)
+        yield Close(origin.link)
+
+    def on_punch_hole_sent(self, answer, origin, now):
+        """B has opened its NAT towards A: tell A where B came from."""
+        awaited = self.find_awaited(answer.socket_addr, answer.id, [Call.PUNCH], origin)
+        if awaited is None or awaited.answered:
+            yield from self.refuse_answer(answer, origin)
+            return
+        response = PunchHoleResponse(
+            socket_addr=self.make_token(origin.address),
+            pk=self.signed_identity(answer.id, answer.version),
+            relay_server=self.relay_for(awaited, answer.relay_server),
+            nat_type=answer.nat_type)
+        text = f"direct address {origin.address} of {awaited.peer_id!a}"
+        yield from self.answer_after_hang_up(awaited, response, origin, text)
+
+    def on_local_addr(self, answer, origin, now):
+        """B is in A's own network: tell A its address there."""
+        address = unmangle_strictly(answer.socket_addr)
+        unmangle_strictly(answer.local_addr)
+        awaited = self.intranet.get((address, answer.id))
+        if awaited is None or awaited.answered or awaited.call is not Call.INTRANET:
+            yield from self.refuse_answer(answer, origin)
+            return
+        response = PunchHoleResponse(
+            socket_addr=answer.local_addr,
+            pk=self.signed_identity(answer.id, answer.version),
+            relay_server=self.relay_for(awaited, answer.relay_server),
+            is_local=True)
+        text = f"local address of {awaited.peer_id!a}"
+        yield from self.answer_after_hang_up(awaited, response, origin, text)
+
+    def answer_after_hang_up(self, awaited, response, origin, text):
+        """B listens only when its connection to us has ended; A must not be earlier."""
+        awaited.answered = True
+
+        def answer(later):
+            yield Report("introduced", f"{awaited.link.address} got the {text}")
+            yield Send(awaited.link, response)
+
+        yield HangUp(origin.link, answer)
+
+    def on_relay_response(self, answer, origin, now):
+        """B goes to the relay, by its own choice or at A's request: tell A."""
+        asked_by_a = answer.id is None or answer.id == ""
+        calls = [Call.RELAY] if asked_by_a else [Call.PUNCH, Call.INTRANET]
+        awaited = self.find_awaited(answer.socket_addr, answer.id or "", calls, origin)
+        if awaited is None or awaited.answered:
+            yield from self.refuse_answer(answer, origin)
+            return
+        awaited.answered = True
+        response = RelayResponse(
+            uuid=answer.uuid, relay_server=self.relay_for(awaited, answer.relay_server),
+            version=answer.version, refuse_reason=answer.refuse_reason)
+        if not asked_by_a:
+            response.pk = self.signed_identity(answer.id, answer.version)
+        text = f"{awaited.link.address} meets {awaited.peer_id!a} at the relay"
+        yield Report("relay-arranged", text)
+        yield Send(awaited.link, response)
+        yield Close(origin.link)
+
+    def on_request_relay(self, request, origin, now):
+        """A could not reach B directly: send B to the relay.
+
+        Only what B needs is passed on: A's token, key and permissions stay here.
+        """
+        target = self.online(request.id, now)
+        if target is None:
+            refusal, _, reason = self.absence(request.id)
+            yield Refuse(refusal, f"{origin.address} wants to relay to {request.id!a}")
+            yield Send(origin.link, RelayResponse(refuse_reason=reason))
+            return
+        if not 0 < len(request.uuid) <= MAX_SESSION_UUID_BYTES:
+            raise Refused(Refusal.NO_SESSION_UUID, f"RequestRelay for {request.id!a}")
+        awaited = self.await_answer(origin, request.id, now)
+        if awaited is None:
+            yield Refuse(Refusal.TOO_MANY_TARGETS, str(origin.address))
+            yield Close(origin.link)
+            return
+        awaited.call = Call.RELAY
+        relay_server = request.relay_server or self.relays.choose()
+        yield SendDatagram(target.sockaddr, RequestRelay(
+            id=request.id, uuid=request.uuid, socket_addr=awaited.token,
+            relay_server=relay_server, secure=request.secure,
+            conn_type=request.conn_type))
+
+    def signed_identity(self, peer_id, version):
+        """B's id and key under our signature, or b"".
+
+        A B without a version is too old to encrypt; with a pk A would try.
+        """
+        peer = self.store.peers.get(peer_id)
+        if peer is None or not version:
+            return b""
+        if peer.signed is None:
+            peer.signed = self.key.sign_identity(peer_id, peer.public_key)
+        return peer.signed
+
+    def relay_for(self, awaited, relay_server):
+        """The relay that A is told: B's choice, but within the local network ours.
+
+        Old targets name none; then it is the one that we named to them.
+        """
+        if not relay_server:
+            return awaited.relay_server if awaited.call is not Call.RELAY else ""
+        if self.is_local(awaited.link.address.ip):
+            return self.local_relay or relay_server
+        if relay_server == self.local_relay:
+            return self.relays.choose() or relay_server
+        return relay_server
+
+    # -- the passing of time ---------------------------------------------------
+
+    def on_link_closed(self, link, now):
+        """A link has ended: nobody waits for its answers any more."""
+        for awaited in list((link.errand or {}).values()):
+            self.forget_awaited(awaited)
+            yield from self.report_unanswered(awaited)
+        link.errand = None
+
+    def tick(self, now):
+        """Once a second: give up what was awaited too long."""
+        for _, awaited in self.awaited.expire(now):
+            self.intranet.pop((awaited.link.address, awaited.peer_id), None)
+            yield from self.report_unanswered(awaited)
+
+    def report_unanswered(self, awaited):
+        """The target was called and did not answer: what an operator needs to know."""
+        if not awaited.answered:
+            awaited.answered = True
+            yield Refuse(Refusal.NO_ANSWER, (
+                f"{awaited.peer_id!a} was called {awaited.calls} times for "
+                f"{awaited.link.address}; are its UDP and TCP paths to us open?"))
+
+    ACCEPTS = {
+        Listener.UDP: {
+            RegisterPeer: on_register_peer,
+            RegisterPk: on_register_pk,
+        },
+        Listener.TCP: {
+            TestNatRequest: on_test_nat_request,
+            OnlineRequest: on_online_request,
+            PunchHoleRequest: on_punch_hole_request,
+            PunchHoleSent: on_punch_hole_sent,
+            LocalAddr: on_local_addr,
+            RequestRelay: on_request_relay,
+            RelayResponse: on_relay_response,
+            RegisterPk: refuse_link_registration,
+        },
+        Listener.NAT_TEST: {
+            TestNatRequest: on_test_nat_request,
+            OnlineRequest: on_online_request,
+        },
+    }
+    ACCEPTS[Listener.WEBSOCKET] = ACCEPTS[Listener.TCP]
+
+
+# == 14. Relay =================================================================
+#
+# The relay (hbbr): two links that name the same session uuid are paired, and
+# their bytes moved without being looked at.  Looking up and inserting is one
+# step, so two links that speak in the same instant find each other.
+#
+# Uses: Constants, Refusals, Messages, Frames and addresses, Limits, Attempts,
+# Actions.
+
+
+class Session:
+    """Two paired links: what they may carry, and what they have carried.
+
+    Pipes subtract what they move from `allowance`, in bytes, and call `settle` when
+    it is used up; only then, and once a second, are the buckets charged.
+    """
+
+    __slots__ = ("number", "first", "second", "session_uuid", "started", "bucket",
+                 "total", "allowance", "granted", "carried", "slowed", "rate",
+                 "highest", "ticked", "ticked_bytes", "active")
+
+    def __init__(self, number, first, second, session_uuid, bucket, total, now):
+        self.number = number
+        self.first, self.second = first, second
+        self.session_uuid = session_uuid
+        self.started = self.ticked = self.active = now
+        self.bucket, self.total = bucket, total
+        self.allowance = self.granted = 0
+        self.carried = self.ticked_bytes = 0
+        self.slowed = False
+        self.rate = self.highest = 0.0  # kb/s in the last second, and at most
+        self.grant()
+
+    def grant(self):
+        """Let some bytes pass before the buckets are asked again."""
+        smaller = min(self.bucket.capacity, self.total.capacity)
+        self.allowance = self.granted = max(1, int(smaller) // 128)
+
+    @property
+    def window(self):
+        """How much to read at once, so that a slow session flows evenly."""
+        smaller = min(self.bucket.capacity, self.total.capacity)
+        return max(1500, min(PIPE_BUFFER_BYTES, int(smaller) // 8))
+
+    def settle(self, now):
+        """Charge what was moved; returns the seconds until more may be."""
+        moved = self.granted - self.allowance
+        self.carried += moved
+        self.grant()
+        if not moved:
+            return 0.0
+        return max(self.bucket.take(moved * 8, now), self.total.take(moved * 8, now))
+
+    def slow_down(self, bucket):
+        """Carry no more than a slowed session may, from now on."""
+        self.bucket = bucket
+        self.slowed = True
+
+    def measure(self, now):
+        """Once a second: the rate since the last time, and whether anything moved."""
+        passed = now - self.ticked
+        moved = self.carried - self.ticked_bytes
+        self.ticked, self.ticked_bytes = now, self.carried
+        self.rate = moved * 8 / 1000 / passed if passed > 0 else 0.0
+        self.highest = max(self.highest, self.rate)
+        if moved:
+            self.active = now
+
+
+class Relay:
+    """The state of the relay, and what it does with each link."""
+
+    def __init__(self, config, key, attempts, slowed, refused, now):
+        self.config = config
+        self.key = key
+        self.attempts = attempts
+        self.slowed = slowed  # addresses of blacklist.txt
+        self.refused = refused  # addresses of blocklist.txt
+        self.total = Bucket(config.total_bandwidth, now)
+        self.waiting = ExpiringTable(RELAY_PARTNER_SECONDS)  # session_uuid -> link
+        self.sessions = {}  # number -> Session
+        self.numbers = itertools.count(1)
+
+    def admits_address(self, address):
+        """Whether links from this address are served at all."""
+        return address.ip not in self.refused
+
+    def on_request_relay(self, request, origin, now):
+        """One end of a session: wait for the other, or pair with it."""
+        link = origin.link
+        if not self.key.admits(request.licence_key):
+            yield Refuse(Refusal.WRONG_KEY, f"relay link from {origin.address}")
+            yield Close(link)
+            return
+        if not 0 < len(request.uuid) <= MAX_SESSION_UUID_BYTES:
+            yield Refuse(Refusal.NO_SESSION_UUID, f"relay link from {origin.address}")
+            yield Close(link)
+            return
+        partner = self.waiting.discard(request.uuid)
+        link.errand = request.uuid
+        if partner is not None:
+            yield from self.pair(partner, link, request, now)
+            return
+        evicted = self.waiting.put(request.uuid, link, now)
+        if evicted is not None:
+            yield Refuse(Refusal.LONELY, f"{evicted.address}: too many links wait")
+            yield Close(evicted)
+
+    def pair(self, first, second, request, now):
+        """Both ends are there: from now on they belong to a session."""
+        bucket = Bucket(self.config.single_bandwidth, now)
+        session = Session(next(self.numbers), first, second, request.uuid, bucket,
+                          self.total, now)
+        if first.address.ip in self.slowed or second.address.ip in self.slowed:
+            session.slow_down(Bucket(self.config.limit_speed, now))
+        self.sessions[session.number] = session
+        first.errand = second.errand = session
+        if (first.is_websocket != second.is_websocket
+                and request.conn_type in (ConnType.PORT_FORWARD, ConnType.RDP)):
+            text = f"{first.address} and {second.address}: WebSocket at one end only"
+            yield Report("tunnel-will-break", text)
+        yield Pair(session)
+
+    def on_session_ended(self, session, word, now):
+        """Both links of a session have ended: one line about it."""
+        if self.sessions.pop(session.number, None) is None:
+            return
+        session.settle(now)
+        seconds, first, second = now - session.started, session.first, session.second
+        yield Report(word, (
+            f"session {session.number} of {first.address} and {second.address} after "
+            f"{seconds:.1f} s, {session.carried / 1e6:.2f} MB"))
+
+    def on_link_closed(self, link, now):
+        """A link has ended before it was paired."""
+        if self.waiting.get(link.errand) is link:
+            self.waiting.discard(link.errand)
+            yield Refuse(Refusal.LONELY, f"relay link from {link.address} left before "
+                                         "its partner came")
+
+    def tick(self, now):
+        """Once a second: lonely links end, sessions are measured."""
+        for _, link in self.waiting.expire(now):
+            yield Refuse(Refusal.LONELY, (
+                f"relay link from {link.address}: its partner did not come in "
+                f"{self.waiting.seconds:.0f} s; can the other end reach this port?"))
+            yield Close(link)
+        for session in list(self.sessions.values()):
+            session.settle(now)
+            session.measure(now)
+            yield from self.review(session, now)
+
+    def review(self, session, now):
+        """Downgrade a session that carries too much, end one that carries nothing."""
+        config, age = self.config, now - session.started
+        if not session.slowed and age > config.downgrade_start_check and (
+                session.carried * 8 / age
+                > session.bucket.rate * config.downgrade_threshold):
+            session.slow_down(Bucket(config.limit_speed, now))
+            yield Report("downgraded", f"session {session.number} after {age:.0f} s")
+        if config.idle_limit and now - session.active > config.idle_limit:
+            yield from self.on_session_ended(session, "idle", now)
+            yield Close(session.first)
+
+    ACCEPTS = {Listener.RELAY: {RequestRelay: on_request_relay}}
+
+
+# == 15. Status ================================================================
+#
+# What the running server says about itself: the two text consoles of the
+# official programs, reached from this machine over the ports of the NAT test and
+# of the relay.  They answer questions; they change nothing.  Text in, text out.
+#
+# Uses: Constants, Frames and addresses, Limits, Attempts, Rendezvous, Relay.
+
+#: Entries that the official console shows at a time.
+CONSOLE_PAGE = 10
+
+
+def first_number(words, default):
+    """The first argument as a number, or `default`."""
+    return int(words[1]) if len(words) > 1 and words[1].isdigit() else default
+
+
+class ReadOnly(Exception):
+    """A command that would change something."""
+
+
+def refuse_arguments(words):
+    """Commands that change something when they are given arguments."""
+    if len(words) > 1:
+        raise ReadOnly()
+
+
+class RendezvousConsole:
+    """The official ID server's console: `answer` maps a command to its reply."""
+
+    def __init__(self, rendezvous, utc):
+        self.rendezvous = rendezvous
+        self.utc = utc  # formats a time of our clock as UTC
+
+    def answer(self, words, now):
+        """The reply to a command; "" to an unknown one.  `ReadOnly` for a change."""
+        command = self.COMMANDS.get(words[0] if words else "")
+        return command(self, words, now) if command else ""
+
+    def help(self, words, now):
+        """The commands, one per line."""
+        return ("relay-servers(rs)\nip-blocker(ib) [<ip>|<number>]\n"
+                "ip-changes(ic) [<id>|<number>]\npunch-requests(pr) [<number>]\n"
+                "always-use-relay(aur)\ntest-geo(tg) <ip1> <ip2>\n")
+
+    def relay_servers(self, words, now):
+        """The relays that answer, one per line."""
+        refuse_arguments(words)
+        return "".join(f"{name}\n" for name in self.rendezvous.relays.healthy)
+
+    def ip_blocker(self, words, now):
+        """Registrations per address: `ip: requests/age ids/age`."""
+        limits = self.rendezvous.limits
+        limits.counts.expire(now)
+        limits.ids.expire(now)
+        lines = [f"{len(limits.counts)}"]
+        if len(words) > 1 and not words[1].isdigit():
+            place = network_key(normalise_ip(words[1])) if "." in words[1] else words[1]
+            if len(words) > 2:
+                raise ReadOnly()
+            if place in limits.counts.entries:
+                lines.append(self.blocker_entry(place, now))
+            return "\n".join(lines) + "\n"
+        start = first_number(words, 0)
+        places = itertools.islice(limits.counts.entries, start, start + CONSOLE_PAGE)
+        lines += [f"{show_place(place)}: {self.blocker_entry(place, now)}"
+                  for place in places]
+        return "\n".join(lines) + "\n"
+
+    def blocker_entry(self, place, now):
+        """`requests/age ids/age` of a place."""
+        limits = self.rendezvous.limits
+        requests, ids = limits.counts.get(place) or [0], limits.ids.get(place) or ()
+        return (f"{requests[0]}/{limits.counts.age(place, now) or 0:.0f}s "
+                f"{len(ids)}/{limits.ids.age(place, now) or 0:.0f}s")
+
+    def ip_changes(self, words, now):
+        """Peers that came from several addresses: `id: age {ip: count, ...}`."""
+        changes = self.rendezvous.attempts.changes
+        changes.expire(now)
+        if len(words) > 2:
+            raise ReadOnly()
+        if len(words) > 1 and not words[1].isdigit():
+            known = words[1] in changes.entries
+            return self.change_entry(words[1], now) + "\n" if known else ""
+        start = first_number(words, 0)
+        ids = itertools.islice(changes.entries, start, start + CONSOLE_PAGE)
+        lines = [f"{len(changes)}"]
+        lines += [f"{peer_id}: {self.change_entry(peer_id, now)}" for peer_id in ids]
+        return "\n".join(lines) + "\n"
+
+    def change_entry(self, peer_id, now):
+        """`age {ip: count, ...}` of a peer."""
+        changes = self.rendezvous.attempts.changes
+        counts = changes.get(peer_id).items()
+        addresses = ", ".join(f"{ip}: {count}" for ip, count in counts)
+        return f"{changes.age(peer_id, now):.0f}s {{{addresses}}}"
+
+    def punch_requests(self, words, now):
+        """Who asked for whom: `time ip -> id@ip`."""
+        if "-" in words[1:]:
+            raise ReadOnly()
+        start = first_number(words, 0)
+        size = first_number(words[1:], CONSOLE_PAGE)
+        records = itertools.islice(
+            self.rendezvous.attempts.punch_requests, start, start + size)
+        return "".join(
+            f"{self.utc(record.at)} {record.initiator_ip} -> "
+            f"{record.peer_id}@{record.target_ip}\n" for record in records)
+
+    def always_use_relay(self, words, now):
+        """Whether everything is relayed."""
+        refuse_arguments(words)
+        answer = "true" if self.rendezvous.config.always_use_relay else "false"
+        return f"ALWAYS_USE_RELAY: {answer}\n"
+
+    def test_geo(self, words, now):
+        """The relay that would be chosen next."""
+        return f'"{self.rendezvous.relays.choose()}"'
+
+    COMMANDS = {
+        "h": help,
+        "relay-servers": relay_servers, "rs": relay_servers,
+        "ip-blocker": ip_blocker, "ib": ip_blocker,
+        "ip-changes": ip_changes, "ic": ip_changes,
+        "punch-requests": punch_requests, "pr": punch_requests,
+        "always-use-relay": always_use_relay, "aur": always_use_relay,
+        "test-geo": test_geo, "tg": test_geo,
+    }
+
+
+def show_place(place):
+    """An IPv4 address, or an IPv6 /64 by its first address."""
+    if isinstance(place, str):
+        return place
+    return str(ipaddress.IPv6Address(place + bytes(8)))
+
+
+class RelayConsole:
+    """The official relay's console: `answer` maps a command to its reply."""
+
+    def __init__(self, relay):
+        self.relay = relay
+
+    def answer(self, words, now):
+        """The reply to a command; "" to an unknown one.  `ReadOnly` for a change."""
+        command = self.COMMANDS.get(words[0] if words else "")
+        return command(self, words, now) if command else ""
+
+    def help(self, words, now):
+        """The commands, one per line."""
+        return ("blacklist(b) [<ip>]\nblocklist(B) [<ip>]\ndowngrade-threshold(dt)\n"
+                "downgrade-start-check(t)\nlimit-speed(ls)\ntotal-bandwidth(tb)\n"
+                "single-bandwidth(sb)\nusage(u)\n")
+
+    def change(self, words, now):
+        """A command whose only purpose is a change."""
+        raise ReadOnly()
+
+    def slowed(self, words, now):
+        """The slowed addresses, or whether one is."""
+        return list_or_member(self.relay.slowed, words)
+
+    def refused(self, words, now):
+        """The refused addresses, or whether one is."""
+        return list_or_member(self.relay.refused, words)
+
+    def downgrade_threshold(self, words, now):
+        """The share of the single bandwidth at which a session is downgraded."""
+        refuse_arguments(words)
+        return f"{self.relay.config.downgrade_threshold:g}\n"
+
+    def downgrade_start_check(self, words, now):
+        """The age at which sessions may be downgraded."""
+        refuse_arguments(words)
+        return f"{self.relay.config.downgrade_start_check}s\n"
+
+    def limit_speed(self, words, now):
+        """What a slowed session may carry."""
+        refuse_arguments(words)
+        return f"{self.relay.config.limit_speed:g}Mb/s\n"
+
+    def total_bandwidth(self, words, now):
+        """What all sessions together may carry."""
+        refuse_arguments(words)
+        return f"{self.relay.config.total_bandwidth:g}Mb/s\n"
+
+    def single_bandwidth(self, words, now):
+        """What one session may carry."""
+        refuse_arguments(words)
+        return f"{self.relay.config.single_bandwidth:g}Mb/s\n"
+
+    def usage(self, words, now):
+        """Every session, those that carried most first."""
+        sessions = sorted(self.relay.sessions.values(), key=lambda s: -s.carried)
+        return "".join(self.usage_line(session, now) for session in sessions)
+
+    def usage_line(self, session, now):
+        """One session, by its second link: age, MB, highest, average, current kb/s."""
+        age, megabytes = now - session.started, session.carried / 1048576
+        average = session.carried * 8 / 1000 / age if age > 0 else 0.0
+        rates = f"{session.highest:.0f}kb/s {average:.0f}kb/s {session.rate:.0f}kb/s"
+        return f"{session.second.address}: {age:.0f}s {megabytes:.2f}MB {rates}\n"
+
+    COMMANDS = {
+        "h": help,
+        "blacklist-add": change, "ba": change, "blacklist-remove": change, "br": change,
+        "blocklist-add": change, "Ba": change, "blocklist-remove": change, "Br": change,
+        "blacklist": slowed, "b": slowed,
+        "blocklist": refused, "B": refused,
+        "downgrade-threshold": downgrade_threshold, "dt": downgrade_threshold,
+        "downgrade-start-check": downgrade_start_check, "t": downgrade_start_check,
+        "limit-speed": limit_speed, "ls": limit_speed,
+        "total-bandwidth": total_bandwidth, "tb": total_bandwidth,
+        "single-bandwidth": single_bandwidth, "sb": single_bandwidth,
+        "usage": usage, "u": usage,
+    }
+
+
+def list_or_member(addresses, words):
+    """All addresses, one per line, or whether the one asked for is among them."""
+    if len(words) > 1:
+        return f"{str(normalise_ip(words[1]) in addresses).lower()}\n"
+    return "".join(f"{ip}\n" for ip in sorted(addresses))
+
+
+# == 16. Event loop ============================================================
+#
+# What turns: a log, timers, the selector loop, and one helper thread for what
+# blocks (the disk's fdatasync, names).  Nothing here knows what the bytes mean.
+#
+# Uses: Constants.
+
+READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
+
+
+class Log:
+    """Lines for the operator on standard output, written once per loop turn."""
+
+    LEVELS = ("debug", "info", "warn", "error")
+
+    def __init__(self, level="info", stream=None):
+        self.threshold = self.LEVELS.index(level)
+        self.debugging = self.threshold == 0
+        self.stream = stream or sys.stdout
+        self.lines = []
+        self.second, self.stamp = 0, ""
+
+    def write(self, level, text):
+        """Add a line; control characters are escaped, so that a line stays one line."""
+        if self.LEVELS.index(level) < self.threshold:
+            return
+        second = int(time.time())
+        if second != self.second:
+            self.second = second
+            self.stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second))
+        if not text.isprintable():
+            text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+        self.lines.append(f"{self.stamp} {level.upper():5} {text}\n")
+
+    def debug(self, text):
+        """A step inside: `<` in, `>` out, `=` state, `!` fault."""
+        self.write("debug", text)
+
+    def info(self, text):
+        """An outcome."""
+        self.write("info", text)
+
+    def warn(self, text):
+        """A refusal, or what an operator should change."""
+        self.write("warn", text)
+
+    def error(self, text):
+        """What keeps the server from doing its work."""
+        self.write("error", text)
+
+    def flush(self):
+        """Write the lines out; a reader that has gone does not stop the server."""
+        if self.lines:
+            lines, self.lines = self.lines, []
+            try:
+                self.stream.write("".join(lines))
+                self.stream.flush()
+            except (OSError, ValueError):
+                pass  # nobody reads; there is nowhere to say so
+            except UnicodeEncodeError:
+                self.stream.write("".join(lines).encode("ascii", "backslashreplace")
+                                  .decode("ascii"))
+
+
+class Timer:
+    """Something to do later; `cancel` it while it waits."""
+
+    __slots__ = ("action",)
+
+    def __init__(self, action):
+        self.action = action
+
+    def cancel(self):
+        """Let it not happen."""
+        self.action = None
+
+
+class Timers:
+    """What is to be done when, soonest first."""
+
+    def __init__(self):
+        self.heap = []
+        self.numbers = itertools.count()
+
+    def at(self, when, action):
+        """Call `action` at a time of the loop's clock; returns the `Timer`."""
+        timer = Timer(action)
+        heapq.heappush(self.heap, (when, next(self.numbers), timer))
+        return timer
+
+    def next_delay(self, now):
+        """Seconds until something is due; None if nothing is."""
+        return max(0.0, self.heap[0][0] - now) if self.heap else None
+
+    def run(self, now):
+        """Do what is due."""
+        while self.heap and self.heap[0][0] <= now:
+            action = heapq.heappop(self.heap)[2].action
+            if action is not None:
+                action()
+
+
+class Loop:
+    """Waits for sockets and timers, and calls what was registered for them.
+
+    `on_turn` is called after every turn, `on_fault` with a handler and what it
+    raised.  `now` is the time of this turn, in seconds of a clock that only runs
+    forward.
+    """
+
+    def __init__(self, on_turn, on_fault):
+        self.selector = selectors.DefaultSelector()
+        self.timers = Timers()
+        self.on_turn = on_turn
+        self.on_fault = on_fault
+        self.now = time.monotonic()
+        self.running = False
+
+    def watch(self, sock, events, handler):
+        """Call `handler(events)` when `sock` is ready for any of `events`."""
+        self.selector.register(sock, events, handler)
+
+    def change(self, sock, before, events, handler):
+        """Watch for other events than before; none means not at all."""
+        if not events:
+            self.selector.unregister(sock)
+        elif not before:
+            self.selector.register(sock, events, handler)
+        else:
+            self.selector.modify(sock, events, handler)
+
+    def later(self, seconds, action):
+        """Call `action` in so many seconds; returns its `Timer`."""
+        return self.timers.at(self.now + seconds, action)
+
+    def run(self):
+        """Turn until `stop`."""
+        self.running = True
+        while self.running:
+            ready = self.selector.select(self.timers.next_delay(time.monotonic()))
+            self.now = time.monotonic()
+            for key, events in ready:
+                try:
+                    key.data(events)
+                except Exception as error:  # ours, not the other side's: see on_fault
+                    self.on_fault(key.data, error)
+            try:
+                self.timers.run(self.now)
+                self.on_turn()
+            except Exception as error:
+                self.on_fault(None, error)
+
+    def stop(self):
+        """End after this turn."""
+        self.running = False
+
+
+class Helper:
+    """One thread that does, in order, what would block the loop.
+
+    `run(job, done)` calls `job()` in the thread and then, in the loop, `done` with its
+    result or with the OSError that it raised.
+    """
+
+    def __init__(self, loop):
+        self.loop = loop
+        self.jobs = collections.deque()
+        self.results = collections.deque()
+        self.ready = threading.Semaphore(0)
+        self.waker, self.sleeper = socket.socketpair()
+        self.waker.setblocking(False)
+        self.sleeper.setblocking(False)
+        loop.watch(self.sleeper, READ, self.on_results)
+        self.thread = threading.Thread(target=self.work, name="helper", daemon=True)
+        self.thread.start()
+
+    def run(self, job, done):
+        """Queue a job."""
+        self.jobs.append((job, done))
+        self.ready.release()
+
+    def work(self):
+        """The thread: one job after the other, until a None."""
+        while True:
+            self.ready.acquire()
+            job, done = self.jobs.popleft()
+            if job is None:
+                return
+            try:
+                result = job()
+            except Exception as error:  # handed to `done`, in the loop's thread
+                result = error
+            self.results.append((done, result))
+            self.wake()
+
+    def wake(self):
+        """Make the loop turn; a full pipe will do that anyway."""
+        try:
+            self.waker.send(b"\0")
+        except BlockingIOError:
+            pass
+
+    def on_results(self, events):
+        """In the loop: hand the results over."""
+        try:
+            self.sleeper.recv(4096)
+        except BlockingIOError:
+            pass
+        while self.results:
+            done, result = self.results.popleft()
+            done(result)
+
+    def finish(self, seconds):
+        """Do what is queued, within `seconds`, and end the thread."""
+        self.run(None, None)
+        self.thread.join(seconds)
+
+
+# == 17. Connections ===========================================================
+#
+# Sockets.  A `StreamListener` accepts, a `Connection` reads the first bytes, then
+# frames; a paired one is read by a `Pipe` or a `Translation`.  Every socket call
+# of a connection is here.  A connection that shall not be read is not watched: so
+# the kernel's buffers, not ours, hold what nobody takes.
+#
+# Uses: Constants, Refusals, Frames and addresses, WebSocket and HTTP, Limits,
+# Actions, Event loop.
+
+#: Raw bytes of all sessions pass through this buffer; nothing stays in it.
+BUFFER = bytearray(PIPE_BUFFER_BYTES)
+BUFFER_VIEW = memoryview(BUFFER)
+#: What one read takes before a connection is paired.
+RECEIVE_BYTES = 16 * 1024
+#: When slow readers hold back more than this in all, reads for them shrink.
+HELD_BUDGET_BYTES = 64 * 1024 * 1024
+HELD_READ_BYTES = 16 * 1024
+
+HTTP_METHODS = (b"GET ", b"HEAD ", b"POST ", b"PUT ", b"DELETE ", b"OPTIONS ",
+                b"PATCH ")
+PRINTABLE = bytes(range(32, 127)) + b"\t\r\n"
+WEBSOCKET_CODES = {Refusal.TOO_LARGE: 1009, Refusal.BAD_WEBSOCKET: 1002}
+
+
+class State(enum.Enum):
+    """What a connection is at."""
+
+    FRESH = "fresh"  # its first bytes have not told the transport yet
+    COMMAND = "command"  # an operator types a text command
+    HEAD = "head"  # the head of an HTTP request is coming
+    FRAMED = "framed"  # frames or WebSocket messages
+    WAITING = "waiting"  # a relay link without its partner
+    PAIRED = "paired"  # pipes read and write for it
+    ENDING = "ending"  # our half has ended; what comes is thrown away
+    CLOSED = "closed"  # no socket any more
+
+
+class StreamListener:
+    """A listening TCP socket."""
+
+    def __init__(self, server, sock, name, listener, has_console=False):
+        self.server = server
+        self.socket = sock
+        self.name = name
+        self.listener = listener
+        self.has_console = has_console
+        self.address = address_of(sock.getsockname())
+        server.loop.watch(sock, READ, self.on_events)
+
+    def on_events(self, events):
+        """Accept what has come, but let other work have its turn."""
+        for _ in range(ACCEPT_BATCH):
+            try:
+                sock, sockaddr = self.socket.accept()
+            except (BlockingIOError, ConnectionAbortedError):
+                return
+            except OSError as error:
+                self.rest(error)
+                return
+            address = address_of(sockaddr)
+            if self.server.admits(self.listener, address):
+                sock.setblocking(False)
+                Connection(self.server, sock, address, self)
+            else:
+                sock.close()
+
+    def rest(self, error):
+        """Out of descriptors or memory: accept nothing for a second."""
+        loop = self.server.loop
+        self.server.log.error(f"cannot accept on {self.address}: {error.strerror}; "
+                              "raise the limit of open files (ulimit -n)")
+        loop.change(self.socket, READ, 0, self.on_events)
+        loop.later(1.0, lambda: self.socket.fileno() >= 0 and loop.watch(
+            self.socket, READ, self.on_events))
+
+    def close(self):
+        """Stop listening."""
+        if self.socket in self.server.loop.selector.get_map():
+            self.server.loop.change(self.socket, READ, 0, self.on_events)
+        self.socket.close()
+
+
+class DatagramListener:
+    """The ID server's UDP socket."""
+
+    def __init__(self, server, sock, name, renewals):
+        self.server = server
+        self.socket = sock
+        self.name = name
+        self.renewals = renewals
+        self.address = address_of(sock.getsockname())
+        server.loop.watch(sock, READ, self.on_events)
+
+    def on_events(self, events):
+        """Answer what has come.
+
+        Hot path 1: a client's RegisterPeer is the same bytes every time, so the
+        datagram itself finds its registration.  It skips decoding, the handler and
+        its actions: 1.3 times the system calls' own cost instead of 4 times.
+        """
+        receive, send = self.socket.recvfrom, self.socket.sendto
+        find, now = self.renewals.get, self.server.loop.now
+        for _ in range(DATAGRAM_BATCH):
+            try:
+                datagram, sockaddr = receive(MAX_DATAGRAM_BYTES)
+                registration = find(datagram)
+                if registration is not None and registration.sockaddr == sockaddr:
+                    registration.seen = now
+                    send(b"\x3a\x00", sockaddr)  # RegisterPeerResponse{}
+                else:
+                    self.server.on_datagram(datagram, sockaddr)
+            except BlockingIOError:
+                return
+            except OSError:
+                pass  # an error of one datagram, or of its sender, is its own
+
+    def send(self, payload, sockaddr):
+        """Send one datagram; if that cannot be, it is lost as datagrams are."""
+        try:
+            self.socket.sendto(payload, sockaddr)
+        except OSError:
+            pass
+
+    def close(self):
+        """Stop listening."""
+        self.server.loop.change(self.socket, READ, 0, self.on_events)
+        self.socket.close()
+
+
+class Connection(Link):
+    """An accepted TCP connection, until it is closed."""
+
+    __slots__ = ("server", "socket", "state", "on_readable", "on_writable", "interest",
+                 "pending", "unsent", "framing", "entrance", "patience", "strange",
+                 "served", "then", "timer")
+
+    def __init__(self, server, sock, address, entrance):
+        super().__init__(entrance.listener, address)
+        self.server = server
+        self.socket = sock
+        self.entrance = entrance  # the StreamListener that it came in by
+        self.pending = b""  # bytes that came but belong to no frame yet
+        self.unsent = b""  # bytes that the socket has not taken yet
+        self.framing = None
+        self.strange = 0  # messages of unknown kinds so far
+        self.served = False  # whether any frame has come
+        self.then = self.timer = None  # what follows its end, and when at the latest
+        self.patience = server.first_frame_patience(entrance.listener)
+        self.patience.put(self, None, server.loop.now)
+        self.on_writable = self.flush
+        self.become(State.FRESH, self.read_first)
+        self.interest = READ
+        server.loop.watch(sock, READ, self.on_events)
+
+    # -- state -----------------------------------------------------------------
+
+    def become(self, state, reader):
+        """Enter a state, in which `reader` is called when something has come."""
+        self.state = state
+        self.on_readable = reader
+        if self.server.log.debugging:
+            self.server.log.debug(f"= {self.address} is {state.name}")
+
+    def be_patient(self, table):
+        """Let another table of deadlines count, or none."""
+        if self.patience is not None:
+            self.patience.discard(self)
+        self.patience = table
+        if table is not None:
+            table.put(self, None, self.server.loop.now)
+
+    def watch(self, interest):
+        """Be called for these events from now on."""
+        if interest != self.interest:
+            before, self.interest = self.interest, interest
+            self.server.loop.change(self.socket, before, interest, self.on_events)
+
+    def on_events(self, events):
+        """The socket is ready."""
+        if events & WRITE:
+            self.on_writable()
+        if events & READ and self.interest & READ:
+            self.on_readable()
+
+    def attach(self, reader, writer):
+        """From now on a session's pipes read and write for this connection."""
+        self.be_patient(None)
+        self.become(State.PAIRED, reader)
+        self.on_writable = writer
+        self.pending, self.framing = b"", None
+        self.watch(READ)
+
+    def take_early(self):
+        """What came behind the first frame."""
+        return self.framing.rest + self.pending
+
+    # -- reading ---------------------------------------------------------------
+
+    def receive(self):
+        """What has come: bytes, b"" at the end, None when there was nothing."""
+        try:
+            return self.socket.recv(RECEIVE_BYTES)
+        except (BlockingIOError, InterruptedError):
+            return None
+        except OSError:
+            return b""
+
+    def read_first(self):
+        """The first bytes tell the transport."""
+        data = self.receive()
+        if not data:
+            self.on_nothing(data)
+            return
+        data = self.pending + data
+        if data.startswith(HTTP_METHODS):
+            self.become(State.HEAD, self.read_frames)
+        elif any(method.startswith(data) for method in HTTP_METHODS):
+            self.pending = data
+            return
+        elif self.may_be_command(data):
+            self.become(State.COMMAND, self.read_command)
+        else:
+            self.framing = LengthFraming(*self.server.frame_limits(self.listener))
+            self.become(State.FRAMED, self.read_frames)
+        self.pending = b""
+        self.take_in(data)
+
+    def on_nothing(self, data):
+        """There was nothing to read (None), or the other side has ended (b"")."""
+        if data is not None:
+            self.close()
+
+    def take_in(self, data):
+        """Treat bytes as the state demands."""
+        try:
+            if self.state is State.FRAMED:
+                self.on_frame_bytes(data)
+            elif self.state is State.HEAD:
+                self.on_head_bytes(data)
+            elif self.state is State.COMMAND:
+                self.on_command_bytes(data)
+        except Refused as refused:
+            self.refuse(refused)
+
+    def read_frames(self):
+        """Frames, or more of a request head, have come."""
+        data = self.receive()
+        if not data:
+            self.on_nothing(data)
+            return
+        self.take_in(data)
+
+    def on_frame_bytes(self, data):
+        """Cut frames and let the server treat them, as long as it is us that reads."""
+        framing = self.framing
+        framing.receive(data)
+        while self.state is State.FRAMED:
+            payload = framing.take()
+            if payload is None:
+                break
+            if self.listener is Listener.RELAY:
+                self.become(State.WAITING, self.read_early)
+            elif not self.served or self.patience is self.server.next_patience:
+                self.be_patient(self.server.next_patience)
+            self.served = True
+            self.server.on_frame(self, payload)
+        if self.state is State.WAITING:
+            self.be_patient(None)  # the relay itself counts its time
+        if self.is_websocket and self.state in (State.FRAMED, State.WAITING):
+            self.answer_control(framing)
+
+    def answer_control(self, framing):
+        """Send what the WebSocket itself owes: a pong, or the answer to a Close."""
+        if framing.outgoing:
+            outgoing, framing.outgoing = framing.outgoing, b""
+            self.write(outgoing)
+        if framing.closed:
+            self.end()
+
+    def read_early(self):
+        """A relay link that waits: keep what its partner will want."""
+        data = self.receive()
+        if not data:
+            self.on_nothing(data)
+            return
+        self.pending += data
+        if len(self.pending) > MAX_EARLY_BYTES:
+            self.watch(self.interest & ~READ)
+
+    def read_away(self):
+        """Throw away what comes, until the other side ends too."""
+        data = self.receive()
+        if data == b"":
+            self.close()
+
+    def read_nothing(self):
+        """There is nothing to be read any more."""
+
+    # -- HTTP ------------------------------------------------------------------
+
+    def on_head_bytes(self, data):
+        """Become a WebSocket when the request head is whole, or say why not."""
+        self.pending += data
+        found = parse_request_head(self.pending)
+        if found is None:
+            return
+        request, size = found
+        if not wants_websocket(request):
+            text = "this is a RustDesk server: WebSocket and RustDesk clients only"
+            upgrade = "Upgrade: websocket"
+            self.write(http_response("426 Upgrade Required", text, upgrade))
+            self.server.refuse(Refusal.BAD_HTTP, f"{self.address} wants no WebSocket")
+            self.end()
+            return
+        response, accepted = answer_handshake(request)
+        self.write(response)
+        if not accepted:
+            self.server.refuse(Refusal.BAD_HTTP, f"{self.address}: bad handshake")
+            self.end()
+            return
+        self.become_websocket(self.pending[size:])
+
+    def become_websocket(self, rest):
+        """The handshake is done: messages follow."""
+        self.is_websocket = True
+        if self.listener is not Listener.RELAY:
+            self.listener = Listener.WEBSOCKET
+        self.framing = WebSocketFraming(*self.server.frame_limits(self.listener))
+        self.pending = b""
+        self.become(State.FRAMED, self.read_frames)
+        if rest:
+            self.on_frame_bytes(rest)
+
+    # -- text commands ---------------------------------------------------------
+
+    def may_be_command(self, data):
+        """Whether an operator on this machine may be typing.
+
+        A frame's first byte behind its header is no printable character, so that
+        clients on this machine are served as well.
+        """
+        return (self.entrance.has_console and self.address.is_loopback
+                and not data.translate(None, PRINTABLE))
+
+    def read_command(self):
+        """More of a text command, or its end."""
+        data = self.receive()
+        if data == b"":
+            self.answer_command()
+        elif data:
+            self.take_in(data)
+
+    def on_command_bytes(self, data):
+        """A command ends with its line, or when nothing more comes."""
+        self.pending += data
+        if self.timer is not None:
+            self.timer.cancel()
+        if not self.may_be_command(self.pending):
+            data, self.pending = self.pending, b""
+            self.framing = LengthFraming(*self.server.frame_limits(self.listener))
+            self.become(State.FRAMED, self.read_frames)
+            self.on_frame_bytes(data)
+        elif b"\n" in data or len(self.pending) >= MAX_COMMAND_BYTES:
+            self.answer_command()
+        else:
+            self.timer = self.server.loop.later(
+                CONSOLE_QUIET_SECONDS, self.answer_command)
+
+    def answer_command(self):
+        """Reply and end."""
+        if self.state is State.COMMAND:
+            words = self.pending.decode("ascii").split()
+            self.write(self.server.on_command(self, words).encode("utf-8"))
+            self.end()
+
+    # -- writing ---------------------------------------------------------------
+
+    def send_payload(self, payload):
+        """Send a payload as one frame or message, while there is a way to do it."""
+        if self.framing is not None and self.state in (State.FRAMED, State.WAITING):
+            self.write(self.framing.wrap(payload))
+
+    def write(self, data):
+        """Send bytes; what the socket does not take now is sent later."""
+        if self.socket is None or not data:
+            return
+        if not self.unsent:
+            try:
+                data = data[self.socket.send(data):]
+            except (BlockingIOError, InterruptedError):
+                pass
+            except OSError:
+                self.close()
+                return
+        self.unsent += data
+        if len(self.unsent) > MAX_UNSENT_BYTES:
+            self.server.refuse(Refusal.SLOW_READER, str(self.address))
+            self.close()
+        elif self.unsent:
+            self.watch(self.interest | WRITE)
+
+    def flush(self):
+        """The socket takes more."""
+        data, self.unsent = self.unsent, b""
+        self.watch(self.interest & ~WRITE)
+        self.write(data)
+        if self.state is State.ENDING and not self.unsent:
+            self.shut_down()
+
+    # -- ending ----------------------------------------------------------------
+
+    def refuse(self, refused):
+        """The other side sent what cannot be served: say so if we can, and end."""
+        self.server.refuse(refused.refusal, f"{self.address}: {refused.detail}")
+        if self.state is State.HEAD:
+            self.write(http_response("400 Bad Request", refused.detail))
+        elif self.is_websocket and self.framing is not None:
+            self.write(close_frame(WEBSOCKET_CODES.get(refused.refusal, 1008)))
+            self.framing.closed = True
+        self.end()
+
+    def end(self, seconds=LINGER_SECONDS, then=None):
+        """End our half, let the other side take what was sent and end too, then close.
+
+        `then` is called when it has ended or after `seconds`.
+        """
+        if self.state is State.CLOSED:
+            if then is not None:
+                then()
+            return
+        if self.framing is not None and self.state is not State.ENDING:
+            self.write(self.framing.farewell())
+        if self.timer is not None:
+            self.timer.cancel()
+        self.then = then
+        self.be_patient(None)
+        self.become(State.ENDING, self.read_away)
+        self.timer = self.server.loop.later(seconds, self.close)
+        self.watch(self.interest | READ)
+        if not self.unsent:
+            self.shut_down()
+
+    def shut_down(self):
+        """End our half of the connection."""
+        try:
+            self.socket.shutdown(socket.SHUT_WR)
+        except OSError:
+            self.close()
+
+    def close(self):
+        """End at once; the role forgets the link, and `then` is done."""
+        if self.state is State.CLOSED:
+            return
+        self.watch(0)
+        self.socket.close()
+        self.become(State.CLOSED, self.read_nothing)
+        self.be_patient(None)
+        if self.timer is not None:
+            self.timer.cancel()
+        then, self.then, self.timer, self.socket = self.then, None, None, None
+        self.on_writable, self.framing = self.read_nothing, None
+        self.pending = self.unsent = b""
+        self.server.on_closed(self)
+        self.on_readable = self.on_writable = None  # or it would refer to itself
+        if then is not None:
+            then()
+
+    def linger(self):
+        """Close after a session: softly if the other side still sends, or it would
+        see a reset instead of what was sent to it last."""
+        if self.state is not State.PAIRED:
+            return
+        self.on_writable = self.flush
+        data = self.receive()
+        if data:
+            self.end()
+        else:
+            self.close()
+
+
+class Pipe:
+    """One direction of a session: what `source` sends goes to `sink` at once.
+
+    Hot path 2: no object, no timer and no log line per event; it skips framing and
+    accounts only by a subtraction.  Only what the sink does not take is copied and
+    kept, and then the source is not read until it has left.
+    """
+
+    __slots__ = ("source", "sink", "session", "server", "receive", "send", "window",
+                 "unsent", "waits", "ended", "reverse")
+
+    #: Bytes that all pipes hold for slow sinks.
+    held = 0
+
+    def __init__(self, source, sink, session):
+        self.source, self.sink = source, sink
+        self.session, self.server = session, source.server
+        self.receive, self.send = source.socket.recv_into, sink.socket.send
+        self.window = session.window
+        self.unsent = None  # a memoryview of what the sink has not taken
+        self.waits = False  # for bandwidth
+        self.ended = None  # the word of an end that waits until `unsent` has left
+        self.reverse = None
+
+    def on_readable(self):
+        """Move what has come."""
+        try:
+            size = self.receive(BUFFER, self.window)
+        except BlockingIOError:
+            return
+        except OSError:
+            self.on_end("broken")
+            return
+        if not size:
+            self.on_end("finished")
+            return
+        session = self.session
+        session.allowance -= size
+        try:
+            sent = self.send(BUFFER_VIEW[:size])
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            self.server.end_session(session, "broken", self.sink)
+            return
+        if sent < size:
+            self.hold(BUFFER_VIEW[sent:size])
+        if session.allowance < 0:
+            self.settle()
+
+    def feed(self, data):
+        """Move bytes that came before the session began."""
+        self.write(data)
+
+    def write(self, data):
+        """Send bytes to the sink, behind what it has not taken yet."""
+        if self.unsent is not None:
+            self.hold(data)
+            return
+        try:
+            sent = self.send(data)
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            self.server.end_session(self.session, "broken", self.sink)
+            return
+        if sent < len(data):
+            self.hold(memoryview(data)[sent:])
+
+    def hold(self, data):
+        """Keep what the sink does not take, and stop reading the source."""
+        held = b"" if self.unsent is None else self.unsent
+        self.unsent = memoryview(b"".join((held, data)))
+        Pipe.held += len(data)
+        if Pipe.held > HELD_BUDGET_BYTES:
+            self.window = HELD_READ_BYTES
+        self.source.watch(self.source.interest & ~READ)
+        self.sink.watch(self.sink.interest | WRITE)
+
+    def on_writable(self):
+        """The sink takes more; when it has everything the source is read again."""
+        try:
+            sent = self.send(self.unsent)
+        except BlockingIOError:
+            return
+        except OSError:
+            self.server.end_session(self.session, "broken", self.sink)
+            return
+        Pipe.held -= sent
+        if sent < len(self.unsent):
+            self.unsent = self.unsent[sent:]
+            return
+        self.unsent = None
+        self.sink.watch(self.sink.interest & ~WRITE)
+        if self.ended:
+            self.server.end_session(self.session, self.ended, self.source)
+        elif not self.waits:
+            self.source.watch(self.source.interest | READ)
+
+    def settle(self):
+        """Charge what was moved; too much, and the source has to wait."""
+        seconds = self.session.settle(self.server.loop.now)
+        self.window = self.session.window
+        if seconds > 0 and not self.waits:
+            self.waits = True
+            self.source.watch(self.source.interest & ~READ)
+            self.server.loop.later(seconds, self.go_on)
+
+    def go_on(self):
+        """The bandwidth is there again."""
+        self.waits = False
+        if self.unsent is None and self.source.state is State.PAIRED:
+            self.source.watch(self.source.interest | READ)
+
+    def on_end(self, word):
+        """The source has ended: so does the session, once the sink has everything."""
+        if self.unsent is None:
+            self.server.end_session(self.session, word, self.source)
+        else:
+            self.ended = word
+            self.source.watch(self.source.interest & ~READ)
+
+    def say_goodbye(self):
+        """Raw streams have no last word."""
+
+    def detach(self):
+        """The session is over: let go of everything."""
+        if self.unsent is not None:
+            Pipe.held -= len(self.unsent)
+        self.source = self.sink = self.reverse = self.unsent = None
+        self.receive = self.send = None
+
+
+class Translation(Pipe):
+    """A direction in which messages change their dress.
+
+    Hot path 3: payloads are streamed through a translator, not collected; it skips
+    the framing's whole messages and every object per message.
+    """
+
+    __slots__ = ("translator", "said_goodbye")
+
+    def __init__(self, source, sink, session):
+        super().__init__(source, sink, session)
+        kind = WebSocketTranslator if source.is_websocket else FrameTranslator
+        self.translator = kind(sink.is_websocket)
+        self.said_goodbye = False
+
+    def on_readable(self):
+        """Translate what has come and pass it on."""
+        try:
+            size = self.receive(BUFFER, min(self.window, TRANSLATION_BYTES))
+        except BlockingIOError:
+            return
+        except OSError:
+            self.on_end("broken")
+            return
+        if not size:
+            self.on_end("finished")
+            return
+        session = self.session
+        session.allowance -= size
+        self.feed(BUFFER_VIEW[:size])
+        if session.allowance < 0 and self.source is not None:
+            self.settle()
+
+    def feed(self, data):
+        """Translate bytes; a message beyond the rules ends the session."""
+        translator = self.translator
+        try:
+            data = translator.translate(data)
+        except Refused as refused:
+            self.server.refuse(refused.refusal, (
+                f"session {self.session.number}: {self.source.address}: "
+                f"{refused.detail}"))
+            self.reverse.insert(close_frame(WEBSOCKET_CODES.get(refused.refusal, 1008)))
+            self.reverse.said_goodbye = True
+            self.server.end_session(self.session, "refused")
+            return
+        if data:
+            self.write(data)
+        if translator.answer and self.source is not None:
+            answer, translator.answer = translator.answer, b""
+            self.reverse.insert(answer)
+        if translator.closed and self.source is not None:
+            self.reverse.said_goodbye = True
+            self.on_end("finished")
+
+    def insert(self, frame):
+        """Put a control frame between the messages to a WebSocket sink."""
+        if self.translator.to_websocket:
+            frame = self.translator.insert(frame)
+            if frame:
+                self.write(frame)
+
+    def say_goodbye(self):
+        """A Close for a WebSocket sink, unless it would stand inside a frame."""
+        if not self.said_goodbye and self.unsent is None:
+            self.said_goodbye = True
+            if self.translator.to_websocket and not self.translator.left:
+                try:
+                    self.send(close_frame())
+                except OSError:
+                    pass  # it ends without
+
+
+def join(session):
+    """Replace the framing of two links by what moves their bytes; what came early
+    is delivered first."""
+    first, second = session.first, session.second
+    early = first.take_early(), second.take_early()
+    translated = first.is_websocket or second.is_websocket
+    kind = Translation if translated else Pipe
+    there, back = kind(first, second, session), kind(second, first, session)
+    there.reverse, back.reverse = back, there
+    first.attach(there.on_readable, back.on_writable)
+    second.attach(back.on_readable, there.on_writable)
+    return (there, early[0]), (back, early[1])
+
+
+class RelayCheck:
+    """One round of trying the relays of the list: a bare connect to each."""
+
+    def __init__(self, loop, targets, done):
+        self.loop = loop
+        self.done = done
+        self.healthy = set()
+        self.sockets = {}
+        self.timer = loop.later(RELAY_CHECK_TIMEOUT_SECONDS, self.finish)
+        for name, family, sockaddr in targets:
+            self.begin(name, family, sockaddr)
+        self.finish_if_complete()
+
+    def begin(self, name, family, sockaddr):
+        """Start one connect."""
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        sock.setblocking(False)
+        sock.connect_ex(sockaddr)
+        self.sockets[sock] = name
+        self.loop.watch(sock, WRITE, lambda events: self.on_connected(sock))
+
+    def on_connected(self, sock):
+        """A connect has ended, well or not."""
+        name = self.sockets.pop(sock)
+        if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0:
+            self.healthy.add(name)
+        self.loop.change(sock, WRITE, 0, None)
+        sock.close()
+        self.finish_if_complete()
+
+    def finish_if_complete(self):
+        """The last one has been tried."""
+        if not self.sockets:
+            self.finish()
+
+    def finish(self):
+        """Tell who answered, once."""
+        self.timer.cancel()
+        for sock in self.sockets:
+            self.loop.change(sock, WRITE, 0, None)
+            sock.close()
+        self.sockets = {}
+        if self.done is not None:
+            done, self.done = self.done, None
+            done(self.healthy)
+
+
+def resolve_relays(names):
+    """(name, family, sockaddr) of each relay that resolves; blocks, for the helper."""
+    targets = []
+    for name in names:
+        host, port = split_host(name)
+        try:
+            # As bytes, since text needs a module that small systems lack.
+            found = socket.getaddrinfo(
+                host.encode("ascii"), port or RELAY_PORT, type=socket.SOCK_STREAM)
+        except (OSError, UnicodeError):
+            continue
+        targets.append((name, found[0][0], found[0][4]))
+    return targets
+
+
+def own_address(ip_version=4):
+    """The address that this machine would reach the internet from, or "".
+
+    Connecting a UDP socket sends nothing.
+    """
+    family = socket.AF_INET if ip_version == 4 else socket.AF_INET6
+    target = "192.0.2.1" if ip_version == 4 else "2001:db8::1"
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as sock:
+            sock.connect((target, 9))
+            return normalise_ip(sock.getsockname()[0])
+    except OSError:
+        return ""
+
+
+# == 18. Server ================================================================
+#
+# Where everything meets: it opens the listeners, decodes what comes, asks the
+# roles, carries out their actions, writes records before the answers that
+# promise them, and keeps count of every "no".
+#
+# Uses: all above.
+
+
+class StartTrouble(Exception):
+    """The server cannot start; the text tells the operator what to do."""
+
+
+class Server:
+    """Both roles or one of them, on one event loop."""
+
+    def __init__(self, config, role, directory, log):
+        self.config = config
+        self.directory = directory
+        self.log = log
+        self.attempts = Attempts()
+        self.loop = Loop(self.on_turn, self.on_fault)
+        self.helper = Helper(self.loop)
+        self.listeners = []
+        self.datagrams = None
+        self.rendezvous = self.relay = self.store = None
+        self.consoles = {}  # Listener -> console
+        self.accepts = {}  # Listener -> {message class: handler}
+        self.pipes = {}  # session number -> the two pipes
+        self.stores = []  # `Store` actions of this turn
+        self.lines_this_minute = collections.Counter()  # of each refusal
+        self.first_patience = ExpiringTable(FIRST_FRAME_SECONDS, 1 << 30)
+        self.next_patience = ExpiringTable(NEXT_FRAME_SECONDS, 1 << 30)
+        self.relay_patience = ExpiringTable(RELAY_FIRST_FRAME_SECONDS, 1 << 30)
+        self.started = self.loop.now
+        if role != "hbbr":
+            self.create_rendezvous()
+        if role != "hbbs":
+            self.create_relay()
+        self.loop.later(1.0, self.tick)
+
+    # -- start -----------------------------------------------------------------
+
+    def load_key(self, is_relay):
+        """The key of a role, with its warnings logged."""
+        text = self.config.key
+        if text is None:
+            text = "" if is_relay else "-"
+        if is_relay and text in ("-", "_"):
+            wait_for_key_file(self.directory)
+        key, warnings = load_server_key(text, is_relay, self.directory, os.urandom)
+        for warning in warnings:
+            self.log.warn(warning)
+        return key
+
+    def create_rendezvous(self):
+        """The ID server: its key, its store, its role."""
+        key = self.load_key(False)
+        self.store = PeerStore(os.path.join(self.directory, STORE_FILE))
+        self.store.load()
+        self.report_store()
+        self.rendezvous = Rendezvous(
+            self.config, key, self.store, self.attempts, os.urandom)
+        if self.config.mask and not self.config.local_ip:
+            self.rendezvous.local_relay = own_address()
+        self.consoles[Listener.NAT_TEST] = RendezvousConsole(self.rendezvous, self.utc)
+        self.take_handlers(self.rendezvous)
+        if len(self.config.relay_servers) > 1:
+            self.check_relays()
+
+    def report_store(self):
+        """Open the store for writing, and say what was found in it."""
+        store = self.store
+        if store.torn:
+            self.log.warn(f"{store.path}: the last line was not finished and is cut "
+                          f"off: {store.torn[:80]!a}")
+        for number, why in store.bad_lines[:5]:
+            self.log.warn(f"{store.path} line {number} is passed over: {why}")
+        if len(store.bad_lines) > 5:
+            self.log.warn(f"{store.path}: {len(store.bad_lines)} bad lines in all")
+        try:
+            store.open()
+        except OSError as error:
+            self.log.error(f"cannot write {store.path}: {error.strerror}; known peers "
+                           "are served, new ones are refused until it can be written")
+        self.log.info(f"{len(store.peers)} peers known")
+
+    def create_relay(self):
+        """The relay: its key, its lists of addresses, its role."""
+        key = self.load_key(True)
+        lists = [self.read_addresses(name) for name in (SLOWED_FILE, REFUSED_FILE)]
+        self.relay = Relay(self.config, key, self.attempts, *lists, self.loop.now)
+        self.consoles[Listener.RELAY] = RelayConsole(self.relay)
+        self.take_handlers(self.relay)
+
+    def read_addresses(self, name):
+        """The addresses of one of the official lists, if there is such a file."""
+        path = os.path.join(self.directory, name)
+        try:
+            with open(path, encoding="utf-8") as file:
+                words = [line.split()[0] for line in file if line.split()]
+        except FileNotFoundError:
+            return set()
+        except (OSError, UnicodeDecodeError) as error:
+            raise StartTrouble(f"cannot read {path}: {error}") from None
+        self.log.info(f"{len(words)} addresses in {name}")
+        return {normalise_ip(word) for word in words}
+
+    def take_handlers(self, role):
+        """Bind the handlers of a role's table."""
+        for listener, table in role.ACCEPTS.items():
+            self.accepts[listener] = {
+                kind: handler.__get__(role) for kind, handler in table.items()}
+
+    def open_listeners(self):
+        """Listen on every port of the roles."""
+        if self.rendezvous is not None:
+            port = RENDEZVOUS_PORT if self.config.port is None else self.config.port
+            main = self.listen(port, "rendezvous", Listener.TCP)
+            self.listen_for_datagrams(main.address.port)
+            nat_port = port and port + NAT_TEST_OFFSET
+            self.listen(nat_port, "nat-test", Listener.NAT_TEST, has_console=True)
+            web_port = port and port + WEBSOCKET_OFFSET
+            self.listen(web_port, "rendezvous-websocket", Listener.TCP)
+        if self.relay is not None:
+            port = self.relay_port()
+            self.listen(port, "relay", Listener.RELAY, has_console=True)
+            web_port = port and port + WEBSOCKET_OFFSET
+            self.listen(web_port, "relay-websocket", Listener.RELAY)
+
+    def relay_port(self):
+        """The relay's own port: beside an ID server one above its port."""
+        port = self.config.port
+        if port is None:
+            return RELAY_PORT
+        return port + RELAY_OFFSET if port and self.rendezvous is not None else port
+
+    def bind(self, kind, port):
+        """A bound, non-blocking socket, for IPv6 and IPv4 where that goes."""
+        ip = self.config.bind
+        families = [socket.AF_INET6 if ":" in ip else socket.AF_INET] if ip else [
+            socket.AF_INET6, socket.AF_INET]
+        for family in families:
+            try:
+                sock = socket.socket(family, kind)
+            except OSError:
+                continue  # a system without IPv6
+            try:
+                is_ipv6 = family == socket.AF_INET6
+                prepare(sock, kind, dual=not ip and is_ipv6)
+                sock.bind((ip or ("::" if is_ipv6 else "0.0.0.0"), port))
+                return sock
+            except OSError as error:
+                sock.close()
+                if error.errno != errno.EADDRNOTAVAIL or family is families[-1]:
+                    raise StartTrouble(bind_failure(kind, ip, port, error)) from None
+        raise StartTrouble("this system has neither IPv6 nor IPv4")
+
+    def listen(self, port, name, listener, has_console=False):
+        """Open one TCP port."""
+        if port > 65535:
+            raise StartTrouble(f"port {port} ({name}) is too high: choose a lower -p")
+        sock = self.bind(socket.SOCK_STREAM, port)
+        if listener is Listener.RELAY:
+            keep_alive(sock)
+        try:
+            sock.listen(LISTEN_BACKLOG)
+        except OSError as error:
+            raise StartTrouble(bind_failure(
+                socket.SOCK_STREAM, self.config.bind, port, error)) from None
+        opened = StreamListener(self, sock, name, listener, has_console)
+        self.listeners.append(opened)
+        self.log.info(f"listening on tcp {opened.address} ({name})")
+        return opened
+
+    def listen_for_datagrams(self, port):
+        """Open the UDP port."""
+        sock = self.bind(socket.SOCK_DGRAM, port)
+        if self.config.rmem:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self.config.rmem)
+        renewals = self.rendezvous.renewals
+        self.datagrams = DatagramListener(self, sock, "rendezvous", renewals)
+        self.listeners.append(self.datagrams)
+        self.log.info(f"listening on udp {self.datagrams.address} (rendezvous)")
+
+    # -- what comes ------------------------------------------------------------
+
+    def admits(self, listener, address):
+        """Whether a connection from this address is taken on at all."""
+        if listener is Listener.RELAY and not self.relay.admits_address(address):
+            self.refuse(Refusal.REFUSED_ADDRESS, str(address))
+            return False
+        return True
+
+    def first_frame_patience(self, listener):
+        """How long a new connection may be silent."""
+        if listener is Listener.RELAY:
+            return self.relay_patience
+        return self.first_patience
+
+    def frame_limits(self, listener):
+        """(largest frame, whether address books may be larger) on a listener."""
+        if listener is Listener.RELAY:
+            return MAX_RELAY_REQUEST_BYTES, False
+        return MAX_FRAME_BYTES, True
+
+    def on_datagram(self, datagram, sockaddr):
+        """A datagram that is no renewal."""
+        address = address_of(sockaddr)
+        try:
+            message = decode_message(datagram)
+            handler = self.accepts[Listener.UDP].get(type(message))
+            if handler is None:
+                self.attempts.count(Refusal.NOT_ACCEPTED_HERE.value)
+                return
+            origin = Origin(Listener.UDP, address, None, sockaddr, datagram)
+            self.perform(handler(message, origin, self.loop.now))
+        except Refused as refused:
+            self.refuse(refused.refusal, f"datagram from {address}: {refused.detail}")
+
+    def on_frame(self, link, payload):
+        """A frame of a link: decode it and let its role answer; may raise Refused."""
+        message = decode_message(payload)
+        handler = self.accepts[link.listener].get(type(message))
+        if self.log.debugging:
+            self.log.debug(f"< {link.address} {type(message).__name__}")
+        if handler is None:
+            self.on_unaccepted(link, message, payload)
+            return
+        origin = Origin(link.listener, link.address, link, None, None)
+        self.perform(handler(message, origin, self.loop.now))
+
+    def on_unaccepted(self, link, message, payload):
+        """An empty frame, or a message that this listener does not take."""
+        if link.listener is Listener.RELAY:
+            raise Refused(Refusal.NO_RELAY_REQUEST, "the first frame was another")
+        if payload:
+            refusal = Refusal.STRANGE if message is None else Refusal.NOT_ACCEPTED_HERE
+            self.refuse(refusal, f"{type(message).__name__} from {link.address}")
+            link.strange += 1
+        if link.listener is Listener.NAT_TEST or link.strange >= MAX_STRANGE_MESSAGES:
+            link.end()
+
+    def on_command(self, link, words):
+        """A text command from this machine; returns the reply."""
+        console = self.consoles.get(link.listener)
+        self.attempts.count("command")
+        try:
+            return console.answer(words, self.loop.now) if console else ""
+        except ReadOnly:
+            text = f"{' '.join(words)!a} from {link.address} was not done"
+            self.refuse(Refusal.READ_ONLY, text)
+            return ""
+
+    def on_closed(self, link):
+        """A connection has ended: its role forgets it."""
+        if isinstance(link.errand, Session):
+            self.end_session(link.errand, "broken")
+        elif link.errand is not None:
+            role = self.relay if link.listener is Listener.RELAY else self.rendezvous
+            self.perform(role.on_link_closed(link, self.loop.now))
+
+    # -- what is done ----------------------------------------------------------
+
+    def perform(self, actions):
+        """Carry out a handler's actions once it has finished.
+
+        Closing a link asks its role again, so none may be done before.
+        """
+        for action in list(actions):
+            self.PERFORM[type(action)](self, action)
+
+    def do_send(self, action):
+        """Send over a link."""
+        if self.log.debugging:
+            self.log.debug(f"> {action.link.address} {type(action.message).__name__}")
+        action.link.send_payload(encode_message(action.message))
+
+    def do_send_datagram(self, action):
+        """Send a datagram."""
+        self.datagrams.send(encode_message(action.message), action.sockaddr)
+
+    def do_close(self, action):
+        """End a link."""
+        if isinstance(action.link.errand, Session):
+            self.end_session(action.link.errand, "idle")
+        else:
+            action.link.end()
+
+    def do_hang_up(self, action):
+        """End our half of a link, and go on when the other half has ended."""
+        def go_on():
+            self.loop.later(PUNCH_GRACE_SECONDS,
+                            lambda: self.perform(action.then(self.loop.now)))
+        action.link.end(HANG_UP_SECONDS, go_on)
+
+    def do_pair(self, action):
+        """Let two links of the relay exchange their bytes."""
+        session = action.session
+        joined = join(session)
+        self.pipes[session.number] = [pipe for pipe, _ in joined]
+        for pipe, early in joined:
+            if early and pipe.source is not None:
+                pipe.feed(early)
+
+    def do_store(self, action):
+        """Write a peer at the end of this turn."""
+        self.stores.append(action)
+
+    def do_later(self, action):
+        """Go on in a while."""
+        self.loop.later(action.seconds,
+                        lambda: self.perform(action.then(self.loop.now)))
+
+    def do_report(self, action):
+        """Count an outcome and log it."""
+        self.attempts.count(action.word)
+        self.log.info(f"{action.word}: {action.text}")
+
+    def do_refuse(self, action):
+        """Count a refusal and log it."""
+        self.refuse(action.refusal, action.text)
+
+    PERFORM = {
+        Send: do_send, SendDatagram: do_send_datagram, Close: do_close,
+        HangUp: do_hang_up, Pair: do_pair, Store: do_store, Later: do_later,
+        Report: do_report, Refuse: do_refuse,
+    }
+
+    def refuse(self, refusal, text):
+        """The one place where a "no" is counted and logged, no more than so often."""
+        if self.may_log(refusal.value):
+            self.log.warn(f"refused, {refusal.value}: {text}")
+
+    def may_log(self, word):
+        """Count one more of a word; whether its lines this minute are not too many."""
+        self.attempts.count(word)
+        lines = self.lines_this_minute[word]
+        self.lines_this_minute[word] += 1
+        return lines < REFUSAL_LINES_PER_MINUTE
+
+    def end_session(self, session, word, gone=None):
+        """End both links of a session; `gone` is the one that has ended by itself.
+
+        What was read has been sent.
+        """
+        pipes = self.pipes.pop(session.number, None)
+        self.perform(self.relay.on_session_ended(session, word, self.loop.now))
+        if pipes is None:
+            return
+        for pipe in pipes:
+            if pipe.sink is not gone:
+                pipe.say_goodbye()
+        for pipe in pipes:
+            pipe.detach()
+        for link in session.first, session.second:
+            link.errand = None
+            if link is gone:
+                link.close()
+            else:
+                link.linger()
+
+    # -- the passing of time ---------------------------------------------------
+
+    def on_turn(self):
+        """After every turn: records to the disk, then answers; lines to the log."""
+        while self.stores:
+            stores, self.stores = self.stores, []
+            self.write_stores(stores)
+        self.log.flush()
+
+    def write_stores(self, stores):
+        """Append records, then go on as each action says."""
+        peers = [action.peer for action in stores]
+        for peer in peers:
+            peer.created = peer.created or int(time.time())
+        try:
+            self.store.append(peers)
+        except OSError as error:
+            self.log.error(f"cannot write {self.store.path}: {error.strerror}; new "
+                           "peers are refused until the disk takes them")
+            for action in stores:
+                self.perform(action.otherwise(self.loop.now))
+            return
+        for action in stores:
+            self.perform(action.then(self.loop.now))
+
+    def tick(self):
+        """Once a second."""
+        self.loop.later(1.0, self.tick)
+        now = self.loop.now
+        for table in self.first_patience, self.next_patience, self.relay_patience:
+            for link, _ in table.expire(now):
+                self.on_silence(link)
+        for role in self.rendezvous, self.relay:
+            if role is not None:
+                self.perform(role.tick(now))
+        if self.store is not None:
+            self.tend_store()
+        if int(now - self.started) % 60 == 0:
+            self.report_kept_back()
+
+    def on_silence(self, link):
+        """A link has said nothing for as long as it may."""
+        if not link.served:
+            self.refuse(Refusal.SILENT, f"{link.address} on {link.entrance.name}")
+        link.end()
+
+    def report_kept_back(self):
+        """Once a minute: how many refusals were not logged."""
+        for word, count in self.lines_this_minute.items():
+            if count > REFUSAL_LINES_PER_MINUTE:
+                more = count - REFUSAL_LINES_PER_MINUTE
+                self.log.warn(f"refused, {word}: {more} more in the last minute")
+        self.lines_this_minute.clear()
+
+    def tend_store(self):
+        """Let appended records reach the disk, and write the file anew when it pays."""
+        store = self.store
+        if store.unsynced:
+            self.helper.run(store.sync, self.on_synced)
+        if store.descriptor is None:
+            self.reopen_store()
+        elif store.needs_compaction():
+            self.begin_compaction()
+
+    def on_synced(self, result):
+        """The disk has it, or cannot take it."""
+        if isinstance(result, Exception):
+            self.log.error(f"cannot sync {self.store.path}: {result}")
+
+    def reopen_store(self):
+        """The store could not be opened: try again, quietly."""
+        try:
+            self.store.open()
+            self.log.info(f"{self.store.path} can be written again")
+        except OSError:
+            pass  # said at the start, and new peers are told
+
+    def begin_compaction(self):
+        """Write the store anew, in slices between the turns."""
+        compaction = Compaction(self.store)
+        try:
+            compaction.begin()
+        except OSError as error:
+            self.give_up_compaction(compaction, error)
+            return
+        self.loop.later(0.0, lambda: self.go_on_compacting(compaction))
+
+    def go_on_compacting(self, compaction):
+        """The next slice; after the last the helper syncs it."""
+        if self.store.compaction is not compaction:
+            return
+        try:
+            complete = compaction.step()
+        except OSError as error:
+            self.give_up_compaction(compaction, error)
+            return
+        if complete:
+            self.helper.run(compaction.sync,
+                            lambda result: self.end_compaction(compaction, result))
+        else:
+            self.loop.later(0.0, lambda: self.go_on_compacting(compaction))
+
+    def end_compaction(self, compaction, result):
+        """The new file is on the disk: let it replace the old one."""
+        if self.store.compaction is not compaction:
+            return
+        try:
+            if isinstance(result, Exception):
+                raise result
+            old = compaction.finish()
+        except OSError as error:
+            self.give_up_compaction(compaction, error)
+            return
+        path = self.store.path
+        self.helper.run(lambda: (os.close(old), sync_directory(path)), self.on_synced)
+
+    def give_up_compaction(self, compaction, error):
+        """The disk does not take a new file: the old one stays in force."""
+        compaction.abandon()
+        self.store.COMPACT_FROM_BYTES = self.store.file_bytes * 2  # try again later
+        self.log.error(f"cannot write {self.store.path} anew: {error.strerror}")
+
+    def check_relays(self):
+        """Try the relays of the list, now and then again and again."""
+        self.helper.run(lambda: resolve_relays(self.config.relay_servers),
+                        self.on_relays_resolved)
+        self.loop.later(RELAY_CHECK_SECONDS, self.check_relays)
+
+    def on_relays_resolved(self, targets):
+        """Names have become addresses: connect to them."""
+        RelayCheck(self.loop, targets, self.on_relay_health)
+
+    def on_relay_health(self, healthy):
+        """Relays have answered or not: say what changed."""
+        relays = self.rendezvous.relays
+        before = set(relays.healthy)
+        relays.on_health(healthy)
+        for name in relays.names:
+            if name in before and name not in healthy:
+                self.log.warn(f"relay {name} does not answer")
+            elif name not in before and name in healthy:
+                self.log.info(f"relay {name} answers again")
+
+    def utc(self, moment):
+        """A time of the loop's clock as UTC text."""
+        seconds = time.time() - (self.loop.now - moment)
+        return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(seconds))
+
+    def on_fault(self, handler, error):
+        """A fault of ours: log it, end the connection that met it, and live on."""
+        import traceback
+
+        if self.may_log("fault"):
+            trace = traceback.format_exception(type(error), error, error.__traceback__)
+            for line in "".join(trace).splitlines():
+                self.log.error(line)
+        link = getattr(handler, "__self__", None)
+        if isinstance(link, Connection):
+            link.close()
+
+    # -- stop ------------------------------------------------------------------
+
+    def run(self):
+        """Serve until SIGTERM or SIGINT."""
+        gc.freeze()  # what is loaded by now is never looked through again
+        self.loop.run()
+
+    def stop(self, reason):
+        """End after this turn."""
+        self.log.info(f"stopping: {reason}")
+        self.loop.stop()
+        self.helper.wake()
+
+    def close(self):
+        """End every session and connection, and let the disk have everything."""
+        for listener in self.listeners:
+            listener.close()
+        if self.relay is not None:
+            for session in list(self.relay.sessions.values()):
+                self.end_session(session, "server-stopped")
+        if self.store is not None:
+            self.helper.run(self.store.sync, self.on_synced)
+        self.helper.finish(10.0)
+        if self.store is not None:
+            self.store.close()
+        self.log.info("stopped")
+        self.log.flush()
+
+
+def wait_for_key_file(directory):
+    """Let an ID server that is starting beside this relay make the key first."""
+    if not os.path.exists(os.path.join(directory, KEY_FILE)):
+        time.sleep(0.3)
+
+
+def prepare(sock, kind, dual):
+    """Options that a listening socket needs, and accepted ones inherit.
+
+    Never SO_REUSEPORT: two servers, or a client's own listener, would silently share
+    the port.
+    """
+    sock.setblocking(False)
+    if dual:
+        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+    if kind == socket.SOCK_STREAM:
+        if os.name == "posix":
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+def keep_alive(sock):
+    """Let a listener's connections notice an end that vanished without a word."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (("TCP_KEEPIDLE", KEEPALIVE_IDLE_SECONDS),
+                        ("TCP_KEEPINTVL", KEEPALIVE_INTERVAL_SECONDS),
+                        ("TCP_KEEPCNT", KEEPALIVE_PROBES)):
+        if hasattr(socket, name):
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+def bind_failure(kind, ip, port, error):
+    """What an operator needs to know when a port cannot be had."""
+    name = "tcp" if kind == socket.SOCK_STREAM else "udp"
+    where = f"{name} {Address(ip or '0.0.0.0', port)}"
+    if error.errno == errno.EADDRINUSE:
+        return (f"cannot listen on {where}: in use by {port_holder(name, port)}; stop "
+                "that program, or choose another port with -p")
+    if error.errno == errno.EACCES:
+        return (f"cannot listen on {where}: only root may use ports below 1024; choose "
+                "another port with -p")
+    if error.errno == errno.EADDRNOTAVAIL:
+        return f"cannot listen on {where}: this machine has no such address (see -b)"
+    return f"cannot listen on {where}: {error.strerror}"
+
+
+def port_holder(kind, port):
+    """Who holds a port, as far as /proc tells: "pid 812 (hbbs)"."""
+    inodes = set()
+    for name in f"/proc/net/{kind}", f"/proc/net/{kind}6":
+        try:
+            with open(name, encoding="ascii") as file:
+                rows = [line.split() for line in file][1:]
+        except OSError:
+            continue
+        # TCP: listening sockets only (state 0A); the port is in hexadecimal.
+        inodes |= {row[9] for row in rows if row[1].endswith(f":{port:04X}")
+                   and (kind == "udp" or row[3] == "0A")}
+    for pid in filter(str.isdigit, os.listdir("/proc") if inodes else []):
+        if holds_inode(pid, inodes):
+            with open(f"/proc/{pid}/comm", encoding="utf-8") as file:
+                return f"pid {pid} ({file.read().strip()})"
+    return "another program"
+
+
+def holds_inode(pid, inodes):
+    """Whether a process has one of these sockets open."""
+    try:
+        for descriptor in os.listdir(f"/proc/{pid}/fd"):
+            target = os.readlink(f"/proc/{pid}/fd/{descriptor}")
+            if target.startswith("socket:[") and target[8:-1] in inodes:
+                return True
+    except OSError:
+        pass  # not ours to see, or gone meanwhile
+    return False
+
+
+# == 21. Command line ==========================================================
+#
+# The subcommands, and the start and the end of a server.
+#
+# Uses: all above.
+
+DESCRIPTION = """\
+A RustDesk-compatible ID server (hbbs) and relay (hbbr) in one file.
+
+Without a subcommand both roles run in one process, on the standard ports.
+The working directory holds the key (id_ed25519) and the peers (peers.jsonl).
+"""
+
+ROLES = {
+    None: "both roles in one process",
+    "hbbs": "the ID server",
+    "hbbr": "the relay",
+}
+
+
+def add_settings(parser):
+    """A flag for each setting; the texts are read by the configuration."""
+    parser.add_argument("-c", "--config", metavar="FILE",
+                        help="a file of settings, one `name = value` a line")
+    for row in SETTINGS.values():
+        flags = ([f"-{row.short}"] if row.short else []) + [f"--{row.name}"]
+        text = f"ignored: {row.deprecated}" if row.deprecated else row.text
+        parser.add_argument(*flags, dest=row.attribute, metavar=row.metavar,
+                            help=text.replace("`", "").replace("%", "%%"))
+
+
+def build_parser(command):
+    """The parser of a role's command line."""
+    name = f"rustdesk_server.py {command}" if command else "rustdesk_server.py"
+    epilog = None if command else (
+        "subcommands (each has its own --help):\n"
+        "  hbbs                  the ID server alone\n"
+        "  hbbr                  the relay alone\n"
+        "  genkeypair            print a fresh key pair\n"
+        "  validatekeypair PUBLIC SECRET\n"
+        "                        say whether two keys belong together\n")
+    parser = argparse.ArgumentParser(
+        prog=name, epilog=epilog, allow_abbrev=False,
+        description=DESCRIPTION if not command else f"Run {ROLES[command]}.",
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--version", action="version", version=VERSION)
+    add_settings(parser)
+    return parser
+
+
+def run_role(command, arguments):
+    """Run a server until it is told to stop; returns the exit status."""
+    flags = vars(build_parser(command).parse_args(arguments))
+    role = command or "both"
+    try:
+        config = load_config(role, flags, os.environ, ".")
+        log = Log(config.log_level)
+        for warning in config.warnings:
+            log.warn(warning)
+        raise_descriptor_limit()
+        server = Server(config, role, ".", log)
+        server.open_listeners()
+    except (ConfigTrouble, KeyTrouble, StartTrouble) as trouble:
+        raise SystemExit(f"rustdesk_server: {trouble}") from None
+    introduce(server)
+    catch_signals(server)
+    try:
+        server.run()
+    finally:
+        server.close()
+    return 0
+
+
+def raise_descriptor_limit():
+    """As many open files as the system allows without asking: one per link."""
+    if resource is not None:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft != hard:
+            try:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+            except (ValueError, OSError):
+                pass  # macOS has a lower limit of its own; then the soft one holds
+
+
+def introduce(server):
+    """Tell the operator what to type into a client."""
+    log = server.log
+    if server.rendezvous is not None:
+        port = server.datagrams.address.port
+        host = server.config.bind or own_address() or "this machine's address"
+        name = host if port == RENDEZVOUS_PORT else f"{host}:{port}"
+        key = server.rendezvous.key
+        log.info("in RustDesk: Settings, Network, ID/Relay server")
+        log.info(f"  ID server: {name} (or the public name or address of this machine)")
+        if key.public_text:
+            log.info(f"  Key:       {key.public_text}")
+    log.info(f"ready, version {VERSION}, {'PyNaCl' if nacl_bindings else 'built-in'} "
+             "signatures")
+    log.flush()
+
+
+def catch_signals(server):
+    """Stop cleanly when asked to."""
+    def stop(number, frame):
+        server.stop(signal.Signals(number).name)
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+
+
+def generate_keypair(arguments):
+    """`genkeypair`: print a fresh pair as the official tool does."""
+    argparse.ArgumentParser(
+        prog="rustdesk_server.py genkeypair",
+        description="Print a fresh key pair.").parse_args(arguments)
+    secret = generate_secret(os.urandom)
+    print(f"Public Key:  {encode_base64(secret[32:])}")
+    print(f"Secret Key:  {encode_base64(secret)}")
+    return 0
+
+
+def validate_keypair(arguments):
+    """`validatekeypair`: say whether two keys belong together; status 0 if so."""
+    parser = argparse.ArgumentParser(
+        prog="rustdesk_server.py validatekeypair",
+        description="Say whether a public and a secret key belong together.")
+    parser.add_argument("public", metavar="PUBLIC", help="44 characters of base64")
+    parser.add_argument("secret", metavar="SECRET", help="88 characters of base64")
+    keys = parser.parse_args(arguments)
+    try:
+        public, secret = decode_base64(keys.public, 32), decode_base64(keys.secret, 64)
+        check_secret(secret)
+        if secret[32:] != public:
+            raise ValueError("the public key belongs to another secret key")
+    except ValueError as error:
+        print(f"Key pair is INVALID: {error}")
+        return 1
+    print("Key pair is VALID")
+    return 0
+
+
+COMMANDS = {
+    "hbbs": lambda arguments: run_role("hbbs", arguments),
+    "hbbr": lambda arguments: run_role("hbbr", arguments),
+    "genkeypair": generate_keypair,
+    "validatekeypair": validate_keypair,
+}
+
+
+def main(arguments):
+    """Run the subcommand named first, or both roles; returns the exit status."""
+    if arguments and arguments[0] in COMMANDS:
+        return COMMANDS[arguments[0]](arguments[1:])
+    return run_role(None, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
