@@ -168,6 +168,8 @@ MAX_DEVICE_UUID_BYTES = 256
 #: like another message that the same key signs.
 PUBLIC_KEY_BYTES = 32
 MAX_SESSION_UUID_BYTES = 128
+#: A host name (RFC 1035 2.3.4) with a port.
+MAX_HOST_BYTES = 262
 
 #: Raw sessions are moved by one buffer of this size; WebSocket ones in pieces
 #: that stay in the processor's cache, since every byte of them is worked on.
@@ -1834,7 +1836,8 @@ class LengthFraming:
             raise Refused(Refusal.TOO_LARGE, f"a frame of {size} bytes")
         end = start + size
         if len(buffer) < end:
-            self.wanted = end
+            seen = size <= self.max_size or len(buffer) >= start + 2
+            self.wanted = end if seen else start + 2
             return None
         self.at, self.wanted = end, end + 1
         return bytes(buffer[start:end])
@@ -1865,6 +1868,7 @@ class LengthFraming:
 
 WEBSOCKET_GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455 1.3
 TOKEN = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110 5.6.2
+FIELD_VALUE = re.compile(rb"[\t\x20-\x7e\x80-\xff]*")  # RFC 9110 5.5
 BINARY, TEXT, CONTINUATION, CLOSE, PING, PONG = 2, 1, 0, 8, 9, 10
 
 #: Unmasking adds one of these to a quarter of the payload; made when first needed.
@@ -1900,7 +1904,7 @@ def parse_request_head(data):
     headers = {}
     for line in lines:
         name, colon, value = line.partition(b":")
-        if not colon or not TOKEN.fullmatch(name):
+        if not (colon and TOKEN.fullmatch(name) and FIELD_VALUE.fullmatch(value)):
             raise Refused(Refusal.BAD_HTTP, "not a header line")
         name = name.decode("ascii").lower()
         value = value.strip(b" \t").decode("latin-1")
@@ -1983,9 +1987,9 @@ def close_frame(code=1000):
 
 def close_answer(payload):
     """The Close frame that answers one (RFC 6455 5.5.1): same code, if a legal one."""
-    code = int.from_bytes(payload[:2], "big") if len(payload) > 1 else 1000
-    legal = code in (1000, 1001, 1002, 1003) or 1007 <= code <= 1011 or code >= 3000
-    return close_frame(code if legal and code < 5000 else 1002)
+    code = int.from_bytes(payload[:2], "big") if payload else 1000
+    legal = 1000 <= code <= 1003 or 1007 <= code <= 1014 or 3000 <= code <= 4999
+    return close_frame(code if legal else 1002)
 
 
 class FrameHeader(collections.namedtuple("FrameHeader", "final opcode size mask end")):
@@ -2497,32 +2501,43 @@ def write_new_file(path, text, mode):
     Returns whether it was created.  A crash in between leaves no half file where
     the file system has hard links.
     """
-    temporary = f"{path}.{os.getpid()}.new"
+    temporary = f"{path}.{os.urandom(4).hex()}.new"
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     try:
         with open(descriptor, "w", encoding="ascii") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        return link_new_file(temporary, path)
+        return link_new_file(temporary, path, mode)
     finally:
         os.unlink(temporary)
 
 
-def link_new_file(temporary, path):
+def link_new_file(temporary, path, mode):
     """Give a finished file its name; False if the name is taken."""
     try:
         os.link(temporary, path)
     except FileExistsError:
         return False
     except OSError:  # FAT and some network shares have no hard links
-        with open(temporary, "rb") as source:
-            try:
-                target = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            except FileExistsError:
-                return False
-            with open(target, "wb") as file:
-                file.write(source.read())
+        return copy_new_file(temporary, path, mode)
+    return True
+
+
+def copy_new_file(source, path, mode):
+    """Copy a finished file to a name that is free; False if it is taken."""
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    except FileExistsError:
+        return False
+    try:
+        with open(source, "rb") as file, open(descriptor, "wb") as copy:
+            copy.write(file.read())
+            copy.flush()
+            os.fsync(copy.fileno())
+    except OSError:
+        os.unlink(path)
+        raise
     return True
 
 
@@ -2715,6 +2730,8 @@ def split_host(text):
     """(host, port or None) of host, host:port, [v6]:port or a bare IPv6 address."""
     if text.startswith("["):
         host, _, port = text[1:].partition("]")
+        if port and not port.startswith(":"):
+            return host, -1
         port = port[1:]
     elif text.count(":") == 1:
         host, _, port = text.partition(":")
@@ -2893,8 +2910,10 @@ def load_config(role, flags, environment, directory):
             config.apply(name, text, f"environment variable {name}", strict=False)
     for entry in read_config_file(os.path.join(directory, ".env"), required=False):
         config.apply(*entry, strict=True)
-    if role == "hbbr" and config.port is not None:
-        config.port += bool(config.port)  # the variable means the ID server's port
+    if role == "hbbr" and config.port:
+        # The variable means the ID server's port.
+        config.apply("port", str(config.port + RELAY_OFFSET),
+                     f"{config.origins['port']}, plus one for the relay", strict=True)
     if flags.get("config"):
         for entry in read_config_file(flags["config"], required=True):
             config.apply(*entry, strict=True)
@@ -3142,7 +3161,7 @@ class PeerStore:
         try:
             peer = peer_from_line(line)
             self.peers[peer.peer_id] = peer
-        except (ValueError, RecursionError) as error:
+        except (ValueError, OverflowError, RecursionError) as error:
             self.bad_lines.append((number, str(error)))
 
     def open(self):
@@ -3245,6 +3264,7 @@ class Compaction:
         old, self.store.descriptor = self.store.descriptor, self.descriptor
         self.store.file_bytes, self.store.file_lines = self.bytes, self.lines
         self.store.compaction = None
+        self.store.unsynced = True  # what came since the new file was synced
         return old
 
     def abandon(self):
@@ -3296,7 +3316,7 @@ class Attempts:
     #: for it among its last 30 entries.
     REPEAT_SECONDS, REPEAT_LOOKBACK = 60.0, 30
     KEPT_REQUESTS = 1000
-    CHANGES_SECONDS, KEPT_CHANGES = 360.0, 10_000
+    CHANGES_SECONDS, KEPT_CHANGES, KEPT_ADDRESSES = 360.0, 10_000, 20
 
     def __init__(self):
         self.counters = collections.Counter()
@@ -3319,7 +3339,8 @@ class Attempts:
     def note_change(self, peer_id, old_ip, new_ip, now):
         """Remember that a peer came from another address than before."""
         counts = self.changes.get(peer_id) or collections.Counter({old_ip: 1})
-        counts[new_ip] += 1
+        if len(counts) < self.KEPT_ADDRESSES:
+            counts[new_ip] += 1
         self.changes.put(peer_id, counts, now)
 
 
@@ -3464,12 +3485,15 @@ class RelayServers:
         self.healthy = names
         self.turn = 0
 
+    def next_choice(self):
+        """The relay whose turn it is, or "" when there is none."""
+        return self.healthy[self.turn % len(self.healthy)] if self.healthy else ""
+
     def choose(self):
-        """The next relay, or "" when there is none (clients use our host then)."""
-        if not self.healthy:
-            return ""
+        """Take the relay whose turn it is; without one clients use our host."""
+        choice = self.next_choice()
         self.turn += 1
-        return self.healthy[self.turn % len(self.healthy)]
+        return choice
 
     def on_health(self, healthy):
         """Take the result of a check; when none answers the list stays as it was."""
@@ -3558,9 +3582,10 @@ class Rendezvous:
             return Result.TOO_FREQUENT, Refusal.TOO_FREQUENT
         if known is not None and known.device_uuid != request.uuid:
             return Result.UUID_MISMATCH, Refusal.DEVICE_MISMATCH
-        if known is not None and known.public_key != request.pk and known.ip != ip:
-            # A phone's uuid is its public key, which every initiator learns, so it
-            # proves nothing; and any other refusal than this costs no id.
+        if known is not None and known.public_key != request.pk and (
+                known.ip != ip or known.device_uuid == known.public_key):
+            # A phone's uuid is its public key, which every initiator learns: it
+            # proves nothing.  This answer, unlike UUID_MISMATCH, costs no id.
             return Result.SERVER_ERROR, Refusal.KEY_CHANGED
         if not self.limits.admits_id(request.id, now):
             return Result.TOO_FREQUENT, Refusal.TOO_FREQUENT
@@ -3710,7 +3735,10 @@ class Rendezvous:
             link.errand = {}
         awaited = link.errand.get(peer_id)
         if awaited is None or awaited.answered or not self.awaited.get(awaited.token):
-            if awaited is None and len(link.errand) >= AWAITED_PER_LINK:
+            self.forget_answered(link)
+            # An IPv6 token is the address alone, so it can stand for one peer only.
+            most = 1 if link.address.is_ipv6 else AWAITED_PER_LINK
+            if len(link.errand) >= most:
                 return None
             awaited = Awaited(link, peer_id, self.make_token(link.address))
             link.errand[peer_id] = awaited
@@ -3720,15 +3748,25 @@ class Rendezvous:
         awaited.calls += 1
         return awaited
 
+    def forget_answered(self, link):
+        """What a link has been answered, it awaits no more."""
+        for awaited in list(link.errand.values()):
+            if awaited.answered:
+                self.forget_awaited(awaited)
+
     def make_token(self, address):
         """A mangled address whose free bits nobody can guess."""
         return mangle(address, int.from_bytes(self.random_bytes(4), "little"))
 
     def forget_awaited(self, awaited):
         """Nobody waits for this any more."""
+        link, peer_id = awaited.link, awaited.peer_id
         if self.awaited.get(awaited.token) is awaited:
             self.awaited.discard(awaited.token)
-        self.intranet.pop((awaited.link.address, awaited.peer_id), None)
+        if link.errand and link.errand.get(peer_id) is awaited:
+            del link.errand[peer_id]
+        if self.intranet.get((link.address, peer_id)) is awaited:
+            del self.intranet[link.address, peer_id]
 
     def call_message(self, request, awaited, target_address):
         """The message that calls B: within its network, by a hole, or to the relay."""
@@ -3865,8 +3903,10 @@ class Rendezvous:
             yield Refuse(refusal, f"{origin.address} wants to relay to {request.id!a}")
             yield Send(origin.link, RelayResponse(refuse_reason=reason))
             return
-        if not 0 < len(request.uuid) <= MAX_SESSION_UUID_BYTES:
+        if not 0 < len(request.uuid.encode()) <= MAX_SESSION_UUID_BYTES:
             raise Refused(Refusal.NO_SESSION_UUID, f"RequestRelay for {request.id!a}")
+        if len(request.relay_server.encode()) > MAX_HOST_BYTES:
+            raise Refused(Refusal.MALFORMED, "a relay's name that is too long")
         awaited = self.await_answer(origin, request.id, now)
         if awaited is None:
             yield Refuse(Refusal.TOO_MANY_TARGETS, str(origin.address))
@@ -3916,7 +3956,7 @@ class Rendezvous:
     def tick(self, now):
         """Once a second: give up what was awaited too long."""
         for _, awaited in self.awaited.expire(now):
-            self.intranet.pop((awaited.link.address, awaited.peer_id), None)
+            self.forget_awaited(awaited)
             yield from self.report_unanswered(awaited)
 
     def report_unanswered(self, awaited):
@@ -4044,12 +4084,12 @@ class Relay:
             yield Refuse(Refusal.WRONG_KEY, f"relay link from {origin.address}")
             yield Close(link)
             return
-        if not 0 < len(request.uuid) <= MAX_SESSION_UUID_BYTES:
+        if not 0 < len(request.uuid.encode()) <= MAX_SESSION_UUID_BYTES:
             yield Refuse(Refusal.NO_SESSION_UUID, f"relay link from {origin.address}")
             yield Close(link)
             return
         partner = self.waiting.discard(request.uuid)
-        link.errand = request.uuid
+        link.errand = request
         if partner is not None:
             yield from self.pair(partner, link, request, now)
             return
@@ -4066,9 +4106,10 @@ class Relay:
         if first.address.ip in self.slowed or second.address.ip in self.slowed:
             session.slow_down(Bucket(self.config.limit_speed, now))
         self.sessions[session.number] = session
+        kinds = {first.errand.conn_type, request.conn_type}
         first.errand = second.errand = session
         if (first.is_websocket != second.is_websocket
-                and request.conn_type in (ConnType.PORT_FORWARD, ConnType.RDP)):
+                and kinds & {ConnType.PORT_FORWARD, ConnType.RDP}):
             text = f"{first.address} and {second.address}: WebSocket at one end only"
             yield Report("tunnel-will-break", text)
         yield Pair(session)
@@ -4085,8 +4126,8 @@ class Relay:
 
     def on_link_closed(self, link, now):
         """A link has ended before it was paired."""
-        if self.waiting.get(link.errand) is link:
-            self.waiting.discard(link.errand)
+        if self.waiting.get(link.errand.uuid) is link:
+            self.waiting.discard(link.errand.uuid)
             yield Refuse(Refusal.LONELY, f"relay link from {link.address} left before "
                                          "its partner came")
 
@@ -4125,13 +4166,28 @@ class Relay:
 #
 # Uses: Constants, Frames and addresses, Limits, Attempts, Rendezvous, Relay.
 
-#: Entries that the official console shows at a time.
-CONSOLE_PAGE = 10
+#: Entries that the official console shows at a time, and the largest number that
+#: it takes for the first of them and not for an id.
+CONSOLE_PAGE, CONSOLE_LAST = 10, 10_000_000
+
+
+def is_number(word):
+    """Whether a word says from which entry on to show."""
+    return word.isascii() and word.isdigit() and int(word) <= CONSOLE_LAST
 
 
 def first_number(words, default):
     """The first argument as a number, or `default`."""
-    return int(words[1]) if len(words) > 1 and words[1].isdigit() else default
+    return int(words[1]) if len(words) > 1 and is_number(words[1]) else default
+
+
+def answer_command(console, words, now):
+    """The reply to a command; "" to an unknown one.  `ReadOnly` for a change."""
+    command = console.COMMANDS.get(words[0] if words else "")
+    try:
+        return command(console, words, now) if command else ""
+    except ValueError:  # of a word that is no address
+        return ""
 
 
 class ReadOnly(Exception):
@@ -4145,16 +4201,11 @@ def refuse_arguments(words):
 
 
 class RendezvousConsole:
-    """The official ID server's console: `answer` maps a command to its reply."""
+    """The official ID server's console: a method per command."""
 
     def __init__(self, rendezvous, utc):
         self.rendezvous = rendezvous
         self.utc = utc  # formats a time of our clock as UTC
-
-    def answer(self, words, now):
-        """The reply to a command; "" to an unknown one.  `ReadOnly` for a change."""
-        command = self.COMMANDS.get(words[0] if words else "")
-        return command(self, words, now) if command else ""
 
     def help(self, words, now):
         """The commands, one per line."""
@@ -4173,10 +4224,10 @@ class RendezvousConsole:
         limits.counts.expire(now)
         limits.ids.expire(now)
         lines = [f"{len(limits.counts)}"]
-        if len(words) > 1 and not words[1].isdigit():
-            place = network_key(normalise_ip(words[1])) if "." in words[1] else words[1]
+        if len(words) > 1 and not is_number(words[1]):
             if len(words) > 2:
                 raise ReadOnly()
+            place = network_key(normalise_ip(words[1]))
             if place in limits.counts.entries:
                 lines.append(self.blocker_entry(place, now))
             return "\n".join(lines) + "\n"
@@ -4199,7 +4250,7 @@ class RendezvousConsole:
         changes.expire(now)
         if len(words) > 2:
             raise ReadOnly()
-        if len(words) > 1 and not words[1].isdigit():
+        if len(words) > 1 and not is_number(words[1]):
             known = words[1] in changes.entries
             return self.change_entry(words[1], now) + "\n" if known else ""
         start = first_number(words, 0)
@@ -4235,7 +4286,7 @@ class RendezvousConsole:
 
     def test_geo(self, words, now):
         """The relay that would be chosen next."""
-        return f'"{self.rendezvous.relays.choose()}"'
+        return f'"{self.rendezvous.relays.next_choice()}"'
 
     COMMANDS = {
         "h": help,
@@ -4256,15 +4307,10 @@ def show_place(place):
 
 
 class RelayConsole:
-    """The official relay's console: `answer` maps a command to its reply."""
+    """The official relay's console: a method per command."""
 
     def __init__(self, relay):
         self.relay = relay
-
-    def answer(self, words, now):
-        """The reply to a command; "" to an unknown one.  `ReadOnly` for a change."""
-        command = self.COMMANDS.get(words[0] if words else "")
-        return command(self, words, now) if command else ""
 
     def help(self, words, now):
         """The commands, one per line."""
@@ -4568,8 +4614,8 @@ class Helper:
 # of a connection is here.  A connection that shall not be read is not watched: so
 # the kernel's buffers, not ours, hold what nobody takes.
 #
-# Uses: Constants, Refusals, Frames and addresses, WebSocket and HTTP, Limits,
-# Actions, Event loop.
+# Uses: Constants, Refusals, Frames and addresses, WebSocket and HTTP,
+# Configuration, Limits, Actions, Event loop.
 
 #: Raw bytes of all sessions pass through this buffer; nothing stays in it.
 BUFFER = bytearray(PIPE_BUFFER_BYTES)
@@ -5153,7 +5199,7 @@ class Pipe:
     def go_on(self):
         """The bandwidth is there again."""
         self.waits = False
-        if self.unsent is None and self.source.state is State.PAIRED:
+        if self.source is not None and self.unsent is None and self.ended is None:
             self.source.watch(self.source.interest | READ)
 
     def on_end(self, word):
@@ -5444,8 +5490,14 @@ class Server:
             return set()
         except (OSError, UnicodeDecodeError) as error:
             raise StartTrouble(f"cannot read {path}: {error}") from None
-        self.log.info(f"{len(words)} addresses in {name}")
-        return {normalise_ip(word) for word in words}
+        addresses = set()
+        for word in words:
+            try:
+                addresses.add(parse_ip(word))
+            except ValueError:
+                self.log.warn(f"{path}: {word!a} is no IP address and is passed over")
+        self.log.info(f"{len(addresses)} addresses in {name}")
+        return addresses
 
     def take_handlers(self, role):
         """Bind the handlers of a role's table."""
@@ -5587,7 +5639,7 @@ class Server:
         console = self.consoles.get(link.listener)
         self.attempts.count("command")
         try:
-            return console.answer(words, self.loop.now) if console else ""
+            return answer_command(console, words, self.loop.now) if console else ""
         except ReadOnly:
             text = f"{' '.join(words)!a} from {link.address} was not done"
             self.refuse(Refusal.READ_ONLY, text)
