@@ -74,6 +74,7 @@ import re
 import selectors
 import signal
 import socket
+import struct
 import sys
 import threading
 import time
@@ -98,9 +99,10 @@ VERSION = "0.1.0"
 
 #: The ID server's main port, UDP and TCP; clients derive the others from it:
 #: one below for the NAT test and online queries, one above for the relay, two
-#: above for WebSocket.
+#: above for WebSocket, two below for the web API that we don't have.
 RENDEZVOUS_PORT = 21116
 RELAY_PORT = 21117
+API_OFFSET = -2
 NAT_TEST_OFFSET = -1
 RELAY_OFFSET = 1
 WEBSOCKET_OFFSET = 2
@@ -120,6 +122,29 @@ AWAITED_PER_LINK = 4
 #: Of 60 sessions without wire delay 60 went direct so, 56 when told at once.
 HANG_UP_SECONDS = 0.2
 PUNCH_GRACE_SECONDS = 0.01
+
+#: A link that has registered is asked for a sign of life this often: clients and
+#: the usual proxies hang up after 60 s without one.
+HEARTBEAT_SECONDS = 22.0
+#: Three heartbeats without an answer: the link is dead.
+HEARTBEAT_TTL_SECONDS = 75.0
+#: What clients are told: they give a link up after one and a half times this.
+KEEP_ALIVE_SECONDS = 60
+
+#: Clients that want a secured connection say nothing and wait for our key; all
+#: others speak at once, but for a target that first spends up to 30 ms (300 ms in
+#: old versions) on opening its NAT: while one is called we wait longer.
+KEY_EXCHANGE_DELAY_SECONDS = 0.2
+KEY_EXCHANGE_CALLED_SECONDS = 1.0
+#: How long a target takes to answer a call at most.
+CALL_SECONDS = 3.0
+#: One key pair serves all key exchanges of a minute: signing it costs the most.
+EXCHANGE_KEY_SECONDS = 60.0
+
+#: A client's UDP port for hole punching, as it was tested, is good for this long;
+#: a test is up to a dozen datagrams.
+UDP_PORT_TTL_SECONDS = 60.0
+UDP_TESTS_PER_MINUTE = 60
 
 #: How long a phone's old route may answer before its id moves to a new address.
 ROUTE_CHECK_SECONDS = 1.0
@@ -141,14 +166,20 @@ LINGER_SECONDS = 2.0
 #: in an OnlineRequest (12 bytes an id); everything else is far below 64 KiB.
 MAX_FRAME_BYTES = 64 * 1024
 MAX_ONLINE_REQUEST_BYTES = 1024 * 1024
+#: A secured frame may hold a request to a web API, which cannot be seen before.
+MAX_SECURED_FRAME_BYTES = 1024 * 1024
 #: A RequestRelay is some 150 bytes; a login token may add a few KiB.
 MAX_RELAY_REQUEST_BYTES = 16 * 1024
 #: What a session may carry as one message where messages are counted, and the
 #: largest WebSocket frame that the usual libraries take.
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 MAX_WEBSOCKET_FRAME_BYTES = 16 * 1024 * 1024
-#: Requests above 1.5 KiB do not come by datagram.
+#: Requests above 1.5 KiB do not come by datagram; what we send stays in one packet
+#: on any path.
 MAX_DATAGRAM_BYTES = 2048
+MAX_SENT_DATAGRAM_BYTES = 1200
+#: WebRTC candidates: their size, and how many a connection may have passed on.
+MAX_CANDIDATE_BYTES, MAX_CANDIDATES = 1024, 64
 #: A browser's request head is below 1 KiB; cookies and proxies add to it.
 MAX_HTTP_HEAD_BYTES = 8192
 #: The official console reads one command of up to this size.
@@ -184,6 +215,12 @@ LISTEN_BACKLOG = 1024
 #: TCP keepalive of relayed sessions: a dead end is noticed within 2.5 minutes.
 KEEPALIVE_IDLE_SECONDS, KEEPALIVE_INTERVAL_SECONDS, KEEPALIVE_PROBES = 60, 15, 6
 
+#: So many ids at one private address are not one device but a NAT in front of us.
+GATEWAY_PEERS = 5
+
+#: How often the certificate's files are looked at for a new one.
+CERTIFICATE_CHECK_SECONDS = 30.0
+
 #: How often the relays of a list of two or more are tried, and for how long.
 RELAY_CHECK_SECONDS = 5.0
 RELAY_CHECK_TIMEOUT_SECONDS = 3.0
@@ -214,6 +251,9 @@ class Refusal(enum.Enum):
     TOO_LARGE = "too-large"  # a frame, message or head beyond its limit
     BAD_HTTP = "bad-http"  # not a request that can become a WebSocket
     BAD_WEBSOCKET = "bad-websocket"  # a frame that RFC 6455 forbids
+    BAD_PROXY_HEADER = "bad-proxy-header"  # of the PROXY protocol
+    TLS_FAILED = "tls-failed"  # the handshake did not come about
+    SECURE_FAILED = "secure-failed"  # a key exchange or an encrypted frame
     # Messages in the wrong place.
     NOT_ACCEPTED_HERE = "not-accepted-here"  # this listener does not take it
     STRANGE = "strange"  # no kind of message that we know
@@ -228,6 +268,9 @@ class Refusal(enum.Enum):
     TOO_FREQUENT = "too-frequent"  # more registrations than a client makes
     OLD_ROUTE_LIVES = "old-route-lives"  # moves while its old route answers
     STORE_FAILED = "store-failed"  # the disk did not take the record
+    NOT_OWNER = "not-owner"  # changes an id that it does not hold right now
+    ID_TAKEN = "id-taken"  # changes to an id of another device
+    LINK_DEAD = "link-dead"  # a registered link that answers no heartbeat
     # Connection attempts.
     WRONG_KEY = "wrong-key"  # not the key that this server asks for
     UNKNOWN_ID = "unknown-id"  # nobody registered it
@@ -1685,6 +1728,12 @@ def decode_message(data):
 # Uses: Constants, Refusals.
 
 
+#: Networks that the internet does not route, carriers' NAT included (RFC 6890).
+PRIVATE_NETWORKS = tuple(map(ipaddress.ip_network, (
+    "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12",
+    "192.168.0.0/16", "::1/128", "fc00::/7", "fe80::/10")))
+
+
 class Address(collections.namedtuple("Address", "ip port")):
     """Where something is: a normalised IP address as text, and a port."""
 
@@ -1734,6 +1783,17 @@ def packed_ip(ip):
 def network_key(ip):
     """What counts as one place: an IPv4 address, or an IPv6 /64."""
     return packed_ip(ip)[:8] if ":" in ip else ip
+
+
+def is_private(ip):
+    """Whether an IP address can only be reached from its own network."""
+    address = ipaddress.ip_address(ip.partition("%")[0])
+    return any(address in network for network in PRIVATE_NETWORKS)
+
+
+def is_public_ipv6(address):
+    """Whether an address is global unicast IPv6, as peers give theirs."""
+    return address.is_ipv6 and packed_ip(address.ip)[0] >> 5 == 1  # 2000::/3
 
 
 def mangle(address, nonce):
@@ -1882,9 +1942,112 @@ class HttpRequest(collections.namedtuple("HttpRequest", "method path headers")):
 
     __slots__ = ()
 
+    @property
+    def body_size(self):
+        """The size of the body that follows, as far as the head tells it."""
+        text = self.headers.get("content-length", "")
+        return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else 0
+
     def mentions(self, name, token):
         """Whether a comma-separated header names `token`, in any case."""
         return token in map(str.strip, self.headers.get(name, "").lower().split(","))
+
+
+#: The first bytes of a header of the PROXY protocol, versions 1 and 2.
+PROXY_V1, PROXY_V2 = b"PROXY ", b"\r\n\r\n\0\r\nQUIT\n"
+#: The longest header of version 1, and what we take of version 2.
+MAX_PROXY_V1_BYTES, MAX_PROXY_V2_BYTES = 107, 1024
+HTTP_METHODS = (b"GET ", b"HEAD ", b"POST ", b"PUT ", b"DELETE ", b"OPTIONS ",
+                b"PATCH ")
+
+
+def is_tls(data):
+    """Whether a connection begins with a TLS ClientHello; None if that is open.
+
+    A record of type 22 and version 3, and in it a handshake message of type 1.
+    """
+    begins = b"\x16\x03".startswith(data[:2])
+    if len(data) < 6:
+        return None if begins else False
+    return begins and data[5] == 1
+
+
+def is_proxy_header(data):
+    """Whether a connection begins with the PROXY protocol; None if that is open."""
+    for prefix in PROXY_V1, PROXY_V2:
+        if data.startswith(prefix):
+            return True
+        if prefix.startswith(data):
+            return None
+    return False
+
+
+def parse_proxy_header(data):
+    """The client's `Address` (None if the proxy speaks for itself) and the header's
+    size; None if it goes on."""
+    if data.startswith(PROXY_V2):
+        return parse_proxy_v2(data)
+    end = data.find(b"\r\n", 0, MAX_PROXY_V1_BYTES)
+    if end < 0:
+        if len(data) >= MAX_PROXY_V1_BYTES:
+            raise Refused(Refusal.BAD_PROXY_HEADER, "version 1, without an end")
+        return None
+    words = data[:end].decode("ascii", "replace").split(" ")
+    if words[1] == "UNKNOWN":
+        return None, end + 2
+    try:
+        ip = str(ipaddress.ip_address(words[2]))
+        return Address(normalise_ip(ip), int(words[4])), end + 2
+    except (IndexError, ValueError):
+        raise Refused(Refusal.BAD_PROXY_HEADER, ascii(words)) from None
+
+
+def parse_proxy_v2(data):
+    """The same for the binary version 2."""
+    if len(data) < 16:
+        return None
+    size = 16 + int.from_bytes(data[14:16], "big")
+    if size > MAX_PROXY_V2_BYTES or data[12] >> 4 != 2:
+        raise Refused(Refusal.BAD_PROXY_HEADER, "version 2, of a size or kind unknown")
+    if len(data) < size:
+        return None
+    width = {0x11: 4, 0x21: 16}.get(data[13])  # TCP over IPv4, over IPv6
+    if data[12] & 15 == 0 or width is None:
+        return None, size
+    if size < 16 + 2 * width + 4:
+        raise Refused(Refusal.BAD_PROXY_HEADER, "version 2, cut short")
+    ip = str(ipaddress.ip_address(bytes(data[16:16 + width])))
+    port = int.from_bytes(data[16 + 2 * width:18 + 2 * width], "big")
+    return Address(normalise_ip(ip), port), size
+
+
+def header_ip(request, is_trusted):
+    """The client's IP as a trusted proxy's headers tell it, or None.
+
+    X-Real-IP is one address.  X-Forwarded-For is a list to which every proxy adds
+    whom it heard: the last element that is no proxy of ours is the client.
+    """
+    words = request.headers.get("x-real-ip", "").split(",")
+    if not words[0]:
+        words = request.headers.get("x-forwarded-for", "").split(",")
+    found = None
+    for word in reversed(words):
+        found = plain_ip(word.strip())
+        if found is None or not is_trusted(found):
+            break
+    return found
+
+
+def plain_ip(text):
+    """The normalised IP of `a.b.c.d`, `a.b.c.d:port`, `v6` or `[v6]:port`, or None."""
+    if text.startswith("["):
+        text = text[1:].partition("]")[0]
+    elif text.count(":") == 1:
+        text = text.partition(":")[0]
+    try:
+        return normalise_ip(str(ipaddress.ip_address(text)))
+    except ValueError:
+        return None
 
 
 def parse_request_head(data):
@@ -2301,7 +2464,7 @@ class WebSocketTranslator(Translator):
 # the official server.  They are created exclusively, never overwritten, and a
 # key that was asked for and cannot be had stops the start.
 #
-# Uses: Constants, Messages.
+# Uses: Constants, Refusals, Messages.
 
 ED25519_PRIME = 2**255 - 19
 ED25519_ORDER = 2**252 + 27742317777372353535851937790883648493
@@ -2310,6 +2473,12 @@ ED25519_BASE = (
     15112221349535400772501151409588531511454012693041857206046113283949847762202,
     46316835694926478169428394003475163141307993866256225615783033603165251855960,
 )
+X25519_BASE = (9).to_bytes(32, "little")
+SALSA20_CONSTANT = struct.unpack("<4I", b"expand 32-byte k")
+#: The quarter rounds of a double round: four columns, then four rows.
+SALSA20_QUARTERS = (
+    (0, 4, 8, 12), (5, 9, 13, 1), (10, 14, 2, 6), (15, 3, 7, 11),
+    (0, 1, 2, 3), (5, 6, 7, 4), (10, 11, 8, 9), (15, 12, 13, 14))
 #: Multiples of the base point, 64 rows of 15; made when the first key is needed.
 ED25519_ROWS = []
 
@@ -2385,8 +2554,137 @@ def nacl_sign(message, secret):
     return nacl_bindings.crypto_sign(message, secret)
 
 
-public_key_of = nacl_public_key if nacl_bindings else built_in_public_key
-sign = nacl_sign if nacl_bindings else built_in_sign
+def built_in_shared_key(public, secret):
+    """The key of a crypto_box: X25519 (RFC 7748 5), then HSalsa20.
+
+    ValueError for a public key of low order, as in libsodium.
+    """
+    shared = x25519(secret, public)
+    if not any(shared):
+        raise ValueError("a public key of low order")
+    return hsalsa20(shared, bytes(16))
+
+
+def x25519(secret, public):
+    """The Montgomery ladder of RFC 7748 5."""
+    prime = ED25519_PRIME
+    scalar = int.from_bytes(secret, "little") & (1 << 254) - 8 | 1 << 254
+    x1 = int.from_bytes(public, "little") & (1 << 255) - 1
+    x2, z2, x3, z3 = 1, 0, x1, 1
+    for i in range(254, -1, -1):
+        swap = scalar >> i & 1
+        if swap:
+            x2, z2, x3, z3 = x3, z3, x2, z2
+        a, b, c, d = x2 + z2, x2 - z2, x3 + z3, x3 - z3
+        aa, bb, da, cb = a * a, b * b, d * a, c * b
+        x3, z3 = (da + cb) ** 2 % prime, x1 * (da - cb) ** 2 % prime
+        x2, z2 = aa * bb % prime, (aa - bb) * (aa + 121665 * (aa - bb)) % prime
+        if swap:
+            x2, z2, x3, z3 = x3, z3, x2, z2
+    return (x2 * pow(z2, -1, prime) % prime if z2 else 0).to_bytes(32, "little")
+
+
+def salsa20_rounds(words):
+    """Twenty rounds of Salsa20 over 16 words of 32 bits."""
+    x = list(words)
+    for _ in range(10):
+        for a, b, c, d in SALSA20_QUARTERS:
+            for target, one, two, turn in (b, a, d, 7), (c, b, a, 9), (d, c, b, 13), (
+                    a, d, c, 18):
+                value = x[one] + x[two] & 0xFFFFFFFF
+                x[target] ^= (value << turn | value >> 32 - turn) & 0xFFFFFFFF
+    return x
+
+
+def salsa20_input(key, block):
+    """The 16 words of a key of 32 bytes and a nonce and counter of 16."""
+    c, k, n = SALSA20_CONSTANT, struct.unpack("<8I", key), struct.unpack("<4I", block)
+    return (c[0], *k[:4], c[1], *n, c[2], *k[4:], c[3])
+
+
+def hsalsa20(key, nonce):
+    """A key from a key and a nonce of 16 bytes, without the final addition."""
+    x = salsa20_rounds(salsa20_input(key, nonce))
+    return struct.pack("<8I", *(x[i] for i in (0, 5, 10, 15, 6, 7, 8, 9)))
+
+
+def xsalsa20(key, nonce, size):
+    """`size` bytes of the key stream for a nonce of 24 bytes."""
+    key, stream = hsalsa20(key, nonce[:16]), []
+    for counter in range((size + 63) // 64):
+        words = salsa20_input(key, nonce[16:] + counter.to_bytes(8, "little"))
+        mixed = zip(words, salsa20_rounds(words))
+        stream.append(struct.pack("<16I", *((a + b) & 0xFFFFFFFF for a, b in mixed)))
+    return b"".join(stream)[:size]
+
+
+def poly1305(key, message):
+    """The 16-byte tag of a message under a one-time key (RFC 8439 2.5)."""
+    r = int.from_bytes(key[:16], "little") & 0x0FFFFFFC0FFFFFFC0FFFFFFC0FFFFFFF
+    total = 0
+    for i in range(0, len(message), 16):
+        part = int.from_bytes(message[i:i + 16] + b"\1", "little")
+        total = (total + part) * r % (2**130 - 5)
+    total += int.from_bytes(key[16:], "little")
+    return (total & 2**128 - 1).to_bytes(16, "little")
+
+
+def built_in_seal(message, nonce, key):
+    """crypto_secretbox: a tag of 16 bytes, then the message encrypted."""
+    stream = xsalsa20(key, nonce, 32 + len(message))
+    sealed = xor(message, stream[32:])
+    return poly1305(stream[:32], sealed) + sealed
+
+
+def built_in_open(sealed, nonce, key):
+    """The message in a crypto_secretbox; ValueError if it is not ours."""
+    tag, sealed = sealed[:16], sealed[16:]
+    stream = xsalsa20(key, nonce, 32 + len(sealed))
+    if not hmac.compare_digest(poly1305(stream[:32], sealed), tag):
+        raise ValueError("the tag does not fit")
+    return xor(sealed, stream[32:])
+
+
+def xor(one, two):
+    """Two byte strings of one size, added bit by bit."""
+    number = int.from_bytes(one, "little") ^ int.from_bytes(two, "little")
+    return number.to_bytes(len(one), "little")
+
+
+def nacl_shared_key(public, secret):
+    """The same by libsodium."""
+    try:
+        return nacl_bindings.crypto_box_beforenm(public, secret)
+    except nacl_bindings_error() as error:
+        raise ValueError(str(error)) from None
+
+
+def nacl_seal(message, nonce, key):
+    """The same by libsodium."""
+    return nacl_bindings.crypto_secretbox(message, nonce, key)
+
+
+def nacl_open(sealed, nonce, key):
+    """The same by libsodium."""
+    try:
+        return nacl_bindings.crypto_secretbox_open(sealed, nonce, key)
+    except nacl_bindings_error() as error:
+        raise ValueError(str(error)) from None
+
+
+def nacl_bindings_error():
+    """What PyNaCl raises when a box does not open."""
+    import nacl.exceptions
+
+    return nacl.exceptions.CryptoError
+
+
+if nacl_bindings:
+    public_key_of, sign = nacl_public_key, nacl_sign
+    shared_key, seal, unseal = nacl_shared_key, nacl_seal, nacl_open
+else:
+    public_key_of, sign = built_in_public_key, built_in_sign
+    shared_key, seal, unseal = built_in_shared_key, built_in_seal, built_in_open
 
 
 def decode_base64(text, size):
@@ -2450,6 +2748,64 @@ class ServerKey:
         if self.secret is None or len(public_key) != PUBLIC_KEY_BYTES:
             return b""
         return sign(IdPk(id=peer_id, pk=public_key).encode(), self.secret)
+
+
+class ExchangeKey:
+    """An X25519 key pair, and the message that offers it under our signature."""
+
+    __slots__ = ("secret", "offer", "made")
+
+    def __init__(self, server_key, random_bytes, now):
+        self.secret = random_bytes(32)
+        public = x25519(self.secret, X25519_BASE)
+        self.offer = KeyExchange(keys=[sign(public, server_key.secret)])
+        self.made = now
+
+
+class SecureChannel:
+    """The encryption of one connection: offered, then agreed upon.
+
+    Both directions share the client's key; each counts its messages from 1.
+    Payloads of up to one byte are heartbeats: neither encrypted nor counted.
+    """
+
+    __slots__ = ("secret", "key", "sent", "received")
+
+    def __init__(self, exchange_key):
+        self.secret = exchange_key.secret
+        self.key = None  # the client's symmetric key, once it has answered
+        self.sent = self.received = 0
+
+    def agree(self, message):
+        """Take the client's answer: its X25519 key, and its symmetric key in a box."""
+        if self.key is not None:
+            raise Refused(Refusal.SECURE_FAILED, "a second key exchange")
+        if [len(key) for key in message.keys] != [32, 48]:
+            raise Refused(Refusal.SECURE_FAILED, "keys of the wrong sizes")
+        public, sealed = message.keys
+        try:
+            self.key = unseal(sealed, bytes(24), shared_key(public, self.secret))
+        except ValueError as error:
+            raise Refused(Refusal.SECURE_FAILED, f"key exchange: {error}") from None
+
+    def open(self, payload):
+        """The payload in an encrypted one."""
+        if self.key is None or len(payload) <= 1:
+            return payload
+        self.received += 1
+        if len(payload) < 16:
+            raise Refused(Refusal.SECURE_FAILED, "a payload without a tag")
+        try:
+            return unseal(payload, self.received.to_bytes(24, "little"), self.key)
+        except ValueError as error:
+            raise Refused(Refusal.SECURE_FAILED, f"payload: {error}") from None
+
+    def seal(self, payload):
+        """Encrypt a payload."""
+        if self.key is None or len(payload) <= 1:
+            return payload
+        self.sent += 1
+        return seal(payload, self.sent.to_bytes(24, "little"), self.key)
 
 
 class KeyTrouble(Exception):
@@ -2742,9 +3098,44 @@ def split_host(text):
     return host, int(port) if port.isascii() and port.isdigit() else -1
 
 
-def parse_hosts(text):
-    """A list of hosts separated by commas."""
-    return tuple(parse_host(part.strip()) for part in text.split(",") if part.strip())
+class RelayEntry(collections.namedtuple("RelayEntry", "name network")):
+    """A relay, and the network of the initiators that it is for, or None."""
+
+    __slots__ = ()
+
+
+def parse_relays(text):
+    """A list of hosts separated by commas, each perhaps with `NETWORK=` before it."""
+    return tuple(parse_relay(part.strip()) for part in text.split(",") if part.strip())
+
+
+def parse_relay(text):
+    """One entry of the list of relays."""
+    network, equals, host = text.rpartition("=")
+    if not equals:
+        return RelayEntry(parse_host(text), None)
+    networks = parse_networks(network)
+    if len(networks) != 1:
+        raise ValueError(f"{text!r} has no network before the =")
+    return RelayEntry(parse_host(host.strip()), networks[0])
+
+
+def parse_endpoints(text):
+    """Addresses with ports, separated by commas: [(ip or "", port), ...]."""
+    found = []
+    for part in filter(None, map(str.strip, text.split(","))):
+        host, port = split_host(part)
+        if part.isdigit():
+            host, port = "", int(part)
+        if port is None or not 0 <= port < 65536:
+            raise ValueError(f"{part!r} is no ADDRESS:PORT")
+        found.append((parse_ip(host.replace("*", "")), port))
+    return tuple(found)
+
+
+def parse_api_port(text):
+    """A port, or `off`."""
+    return -1 if text.lower() == "off" else parse_port(text)
 
 
 def parse_level(text):
@@ -2755,6 +3146,9 @@ def parse_level(text):
         raise ValueError("it must be debug, info, warn or error")
     return level
 
+
+#: Reverse proxies run on the server's own machine, unless the operator says else.
+TRUST_LOOPBACK = parse_networks("127.0.0.0/8,::1")
 
 setting("port", "p", parse_port, None, "PORT",
         "The ID server's port (21116), UDP and TCP; one below is used for the NAT "
@@ -2768,9 +3162,10 @@ setting("key", "k", parse_text, None, "KEY",
         "`id_ed25519`, made when there is none (default of the ID server); empty: "
         "any (default of the relay); 64 bytes in base64: a secret key to use instead "
         "of the file's; anything else: that text, and nothing is signed.")
-setting("relay-servers", "r", parse_hosts, (), "HOSTS",
+setting("relay-servers", "r", parse_relays, (), "HOSTS",
         "Relays that clients are sent to, separated by commas (none: they use the ID "
-        "server's host). Of several, those that answer are used in turn.")
+        "server's host). Of several, those that answer are used in turn. An entry "
+        "such as `10.0.0.0/8=192.168.1.5:21117` is for initiators in that network.")
 setting("always-use-relay", "", parse_yes, False, "Y",
         "Y: no direct connections, everything is relayed.")
 setting("mask", "", parse_networks, (), "NETWORK",
@@ -2778,6 +3173,20 @@ setting("mask", "", parse_networks, (), "NETWORK",
         "are relayed to each other, inside ones by `--local-ip`.")
 setting("local-ip", "", parse_ip, "", "ADDRESS",
         "This server's address in the network of `--mask` (found by itself).")
+setting("listen", "", parse_endpoints, (), "ADDRESS:PORT",
+        "One more port (repeatable): `/ws/id` and `/ws/relay` lead to the roles, "
+        "anything else to the ID server. With 443 WebSocket clients need no other.")
+setting("tls-cert", "", parse_text, "", "FILE",
+        "A certificate with its chain, PEM: every TCP port then speaks TLS as well. It "
+        "is read again when the file changes and on SIGHUP.")
+setting("tls-key", "", parse_text, "", "FILE",
+        "The certificate's private key, PEM (in the certificate's file).")
+setting("trusted-proxy", "", parse_networks, TRUST_LOOPBACK, "NETWORKS",
+        "Where reverse proxies may say who a client is: X-Real-IP, X-Forwarded-For "
+        "and the PROXY protocol (this machine), separated by commas.")
+setting("api-port", "", parse_api_port, None, "PORT",
+        "Where web API requests of clients are answered with 404, so that they stop "
+        "(two below `--port`); `off` for nowhere.")
 setting("rmem", "M", parse_count, 0, "BYTES",
         "The receive buffer of the UDP socket (the system's default).")
 setting("single-bandwidth", "", parse_positive, 128.0, "MBITS",
@@ -2918,6 +3327,8 @@ def load_config(role, flags, environment, directory):
         for entry in read_config_file(flags["config"], required=True):
             config.apply(*entry, strict=True)
     for name, text in flags.items():
+        if isinstance(text, list):
+            text = ",".join(text)  # of a flag that may be given several times
         if name != "config" and text is not None:
             config.apply(name, text, f"flag --{name}", strict=True)
     return config
@@ -3091,19 +3502,25 @@ class Peer:
     def __repr__(self):
         return f"Peer({self.to_line()})"
 
-    def to_line(self):
-        """This peer as a line of the store."""
-        return json.dumps({
+    def to_line(self, replaces=None):
+        """This peer as a line of the store; `replaces` is the id that it had before."""
+        entry = {
             "id": self.peer_id,
             "uuid": base64.b64encode(self.device_uuid).decode("ascii"),
             "pk": base64.b64encode(self.public_key).decode("ascii"),
             "ip": self.ip,
             "created": self.created,
-        }, ensure_ascii=False, separators=(",", ":")) + "\n"
+        }
+        if replaces is not None:
+            entry["replaces"] = replaces
+        return json.dumps(entry, ensure_ascii=False, separators=(",", ":")) + "\n"
 
 
 def peer_from_line(line):
-    """The `Peer` of a line of the store; ValueError if it is none."""
+    """The `Peer` of a line of the store and the id that it had before, or None.
+
+    ValueError if the line is none of ours.
+    """
     entry = json.loads(line.decode("utf-8"))
     if not isinstance(entry, dict):
         raise ValueError("not an object")
@@ -3117,7 +3534,7 @@ def peer_from_line(line):
         raise ValueError(f"lacks {error}") from None
     if not peer_id or not device_uuid or len(public_key) != PUBLIC_KEY_BYTES:
         raise ValueError("an id, device uuid or key of the wrong size")
-    return Peer(peer_id, device_uuid, public_key, ip, created)
+    return Peer(peer_id, device_uuid, public_key, ip, created), entry.get("replaces")
 
 
 class PeerStore:
@@ -3159,10 +3576,15 @@ class PeerStore:
         self.file_bytes += len(line)
         self.file_lines += 1
         try:
-            peer = peer_from_line(line)
-            self.peers[peer.peer_id] = peer
+            self.enter(*peer_from_line(line))
         except (ValueError, OverflowError, RecursionError) as error:
             self.bad_lines.append((number, str(error)))
+
+    def enter(self, peer, replaces):
+        """A record is in the file: let it be in force."""
+        if replaces is not None:
+            self.peers.pop(replaces, None)
+        self.peers[peer.peer_id] = peer
 
     def open(self):
         """Open the file for appending; cuts a torn last line off."""
@@ -3170,15 +3592,15 @@ class PeerStore:
         self.descriptor = os.open(self.path, flags, 0o600)
         os.ftruncate(self.descriptor, self.file_bytes)
 
-    def append(self, peers):
-        """Write records with one call, then let them be in force."""
-        lines = "".join(peer.to_line() for peer in peers).encode("utf-8")
+    def append(self, records):
+        """Write (peer, replaces) pairs with one call, then let them be in force."""
+        lines = "".join(itertools.starmap(Peer.to_line, records)).encode("utf-8")
         self.write(lines)
-        self.file_lines += len(peers)
-        for peer in peers:
-            self.peers[peer.peer_id] = peer
+        self.file_lines += len(records)
+        for peer, replaces in records:
+            self.enter(peer, replaces)
         if self.compaction is not None:
-            self.compaction.append(lines, len(peers))
+            self.compaction.append(lines, len(records))
 
     def write(self, data):
         """All of `data` or nothing of it: a half line would spoil the next one."""
@@ -3359,6 +3781,7 @@ class Listener(enum.Enum):
     UDP = "udp"  # the ID server's datagrams
     TCP = "tcp"  # the ID server's main port
     NAT_TEST = "nat-test"  # one below it: one question, one answer
+    API = "api"  # two below it: HTTP, and the answer is no
     WEBSOCKET = "websocket"  # a WebSocket to the ID server
     RELAY = "relay"  # the relay, either transport
 
@@ -3387,6 +3810,10 @@ class Origin(collections.namedtuple(
 
 #: Send a message over a link; nothing happens if the link has ended.
 Send = collections.namedtuple("Send", "link message")
+#: Send an empty frame: the other side answers with one.
+Heartbeat = collections.namedtuple("Heartbeat", "link")
+#: Let a link be silent from now on; its role looks after it.
+Keep = collections.namedtuple("Keep", "link")
 #: Send a message as a datagram to what a socket call calls an address.
 SendDatagram = collections.namedtuple("SendDatagram", "sockaddr message")
 #: End a link; what was sent before still arrives.
@@ -3395,8 +3822,9 @@ Close = collections.namedtuple("Close", "link")
 HangUp = collections.namedtuple("HangUp", "link then")
 #: Move bytes between two links from now on, charged to a session.
 Pair = collections.namedtuple("Pair", "session")
-#: Write a peer to the store, then do `then`; if the disk fails, `otherwise`.
-Store = collections.namedtuple("Store", "peer then otherwise")
+#: Write a peer to the store, and that it is the one formerly called `replaces`, then
+#: do `then`; if the disk fails, `otherwise`.
+Store = collections.namedtuple("Store", "peer replaces then otherwise")
 #: Do `then` in so many seconds.
 Later = collections.namedtuple("Later", "seconds then")
 #: Count an outcome and log it in a line.
@@ -3414,8 +3842,8 @@ Refuse = collections.namedtuple("Refuse", "refusal text")
 # call that is awaited, and nothing a stranger says passes unread: every message
 # is built anew.
 #
-# Uses: Constants, Refusals, Messages, Frames and addresses, Keys, Limits,
-# Peer store, Attempts, Actions.
+# Uses: Constants, Refusals, Messages, Frames and addresses, Keys, Configuration,
+# Limits, Peer store, Attempts, Actions.
 
 ONLINE, UNREGISTERED = RegisterPeerResponse(), RegisterPeerResponse(request_pk=True)
 Result, Failure = RegisterPkResponse.Result, PunchHoleResponse.Failure
@@ -3423,6 +3851,17 @@ Result, Failure = RegisterPkResponse.Result, PunchHoleResponse.Failure
 #: Clients translate these texts, and do not try again by themselves.
 UNKNOWN_ID_TEXT = "ID does not exist"
 OFFLINE_TEXT = "Remote desktop is offline"
+
+
+#: An id that a user may choose, as clients check it, but for letters outside ASCII.
+NEW_ID = re.compile("[A-Za-z][A-Za-z0-9_-]{5,15}")
+
+
+def reply(origin, message):
+    """The action that answers a message the way it came."""
+    if origin.link is not None:
+        return Send(origin.link, message)
+    return SendDatagram(origin.sockaddr, message)
 
 
 class Call(enum.Enum):
@@ -3434,15 +3873,43 @@ class Call(enum.Enum):
 
 
 class Registration:
-    """A peer's fresh route: where its datagrams come from, and when it was seen."""
+    """A peer's fresh route and when it was seen: datagrams, or a link of its own."""
 
-    __slots__ = ("address", "sockaddr", "seen", "datagram")
+    __slots__ = ("address", "sockaddr", "link", "seen", "datagram")
 
-    def __init__(self, address, sockaddr, seen):
-        self.address = address
-        self.sockaddr = sockaddr
+    def __init__(self, origin, seen):
+        self.address = origin.address
+        self.sockaddr = origin.sockaddr  # where its datagrams come from, or None
+        self.link = origin.link  # or the link that it holds
         self.seen = seen
         self.datagram = None  # the RegisterPeer that renews it, byte for byte
+
+    def is_from(self, origin):
+        """Whether a message came by this very route."""
+        return self.sockaddr == origin.sockaddr and self.link is origin.link
+
+    def is_online(self, now):
+        """Whether the peer was heard of lately enough."""
+        limit = REGISTRATION_TTL_SECONDS if self.link is None else HEARTBEAT_TTL_SECONDS
+        return now - self.seen < limit
+
+    def send(self, message):
+        """The action that sends the peer a message."""
+        if self.link is not None:
+            return Send(self.link, message)
+        return SendDatagram(self.sockaddr, message)
+
+
+class Errand:
+    """What a link is for: the answers it awaits, or the peer that registered by it."""
+
+    __slots__ = ("awaited", "peer_id", "heard", "candidates")
+
+    def __init__(self):
+        self.awaited = {}  # peer_id -> Awaited
+        self.peer_id = None  # of the peer that registered over this link
+        self.heard = None  # when, of a link that is kept, the last frame came
+        self.candidates = 0  # WebRTC candidates passed on
 
 
 class Awaited:
@@ -3452,8 +3919,8 @@ class Awaited:
     target learns; an IPv6 address has no room for them.
     """
 
-    __slots__ = ("link", "peer_id", "token", "call", "relay_server", "calls",
-                 "answered")
+    __slots__ = ("link", "peer_id", "token", "call", "relay_server", "udp_port",
+                 "calls", "answered")
 
     def __init__(self, link, peer_id, token):
         self.link = link
@@ -3461,8 +3928,17 @@ class Awaited:
         self.token = token
         self.call = None
         self.relay_server = ""
+        self.udp_port = 0  # of the initiator, when B may punch by UDP
         self.calls = 0
         self.answered = False
+
+
+def public_ipv6(mangled):
+    """A peer's IPv6 address if it is one that others can reach, else b""."""
+    if len(mangled) != 18:
+        return b""
+    address = unmangle(mangled)
+    return mangled if address.port and is_public_ipv6(address) else b""
 
 
 def judge_form(request):
@@ -3478,20 +3954,42 @@ def judge_form(request):
 
 
 class RelayServers:
-    """The relays that clients are sent to; of several, the healthy ones in turn."""
+    """The relays that clients are sent to; of several, the healthy ones in turn.
 
-    def __init__(self, names):
-        self.names = names
-        self.healthy = names
+    An entry may have a network: then it is for initiators in there.  The narrowest
+    network that fits decides; who fits none gets the entries without one.
+    """
+
+    def __init__(self, entries):
+        self.entries = entries
+        self.names = tuple(dict.fromkeys(entry.name for entry in entries))
+        self.healthy = self.names
         self.turn = 0
 
-    def next_choice(self):
-        """The relay whose turn it is, or "" when there is none."""
-        return self.healthy[self.turn % len(self.healthy)] if self.healthy else ""
+    def candidates(self, ip):
+        """The healthy relays for an initiator at `ip` (None: anywhere).
 
-    def choose(self):
+        Who comes from the internet gets no relay that only a local network reaches,
+        if there is another.
+        """
+        address = ip and ipaddress.ip_address(ip.partition("%")[0])
+        healthy = [entry for entry in self.entries if entry.name in self.healthy]
+        fitting = [entry.network for entry in healthy
+                   if entry.network and address and address in entry.network]
+        best = max(fitting, key=lambda network: network.prefixlen, default=None)
+        names = [entry.name for entry in healthy if entry.network == best]
+        if ip and not is_private(ip):
+            names = [name for name in names if not is_private_host(name)] or names
+        return names
+
+    def next_choice(self, ip=None):
+        """The relay whose turn it is, or "" when there is none."""
+        names = self.candidates(ip)
+        return names[self.turn % len(names)] if names else ""
+
+    def choose(self, ip=None):
         """Take the relay whose turn it is; without one clients use our host."""
-        choice = self.next_choice()
+        choice = self.next_choice(ip)
         self.turn += 1
         return choice
 
@@ -3499,6 +3997,14 @@ class RelayServers:
         """Take the result of a check; when none answers the list stays as it was."""
         if healthy:
             self.healthy = tuple(name for name in self.names if name in healthy)
+
+
+def is_private_host(name):
+    """Whether a relay's name is an address of a local network."""
+    try:
+        return is_private(normalise_ip(split_host(name)[0]))
+    except ValueError:
+        return False  # a name, not an address
 
 
 class Rendezvous:
@@ -3519,15 +4025,18 @@ class Rendezvous:
         self.moving = set()  # ids whose old route has been asked
         self.awaited = ExpiringTable(AWAITED_TTL_SECONDS)  # token -> Awaited
         self.intranet = {}  # (address of A, peer_id) -> Awaited
+        self.called = ExpiringTable(CALL_SECONDS)  # ip of a target -> True
+        self.kept = ExpiringTable(HEARTBEAT_SECONDS)  # links that have registered
+        self.udp_ports = ExpiringTable(UDP_PORT_TTL_SECONDS)  # Address -> True
+        self.udp_tests = ExpiringTable(60.0)  # place -> [tests]
+        self.at_address = collections.Counter()  # private ip -> peers registered there
 
     # -- registration ----------------------------------------------------------
 
     def online(self, peer_id, now):
         """The registration of a peer that is online, or None."""
         registration = self.registrations.get(peer_id)
-        if registration and now - registration.seen < REGISTRATION_TTL_SECONDS:
-            return registration
-        return None
+        return registration if registration and registration.is_online(now) else None
 
     def on_register_peer(self, request, origin, now):
         """A peer says that it is still there.
@@ -3538,12 +4047,13 @@ class Rendezvous:
         if not request.id:
             return
         registration = self.registrations.get(request.id)
-        if registration is None or registration.sockaddr != origin.sockaddr:
-            yield SendDatagram(origin.sockaddr, UNREGISTERED)
+        if registration is None or not registration.is_from(origin):
+            yield reply(origin, UNREGISTERED)
             return
         registration.seen = now
-        self.remember_renewal(registration, origin.datagram)
-        yield SendDatagram(origin.sockaddr, ONLINE)
+        if origin.datagram is not None:
+            self.remember_renewal(registration, origin.datagram)
+        yield reply(origin, ONLINE)
 
     def remember_renewal(self, registration, datagram):
         """The next datagram like this one needs no parsing."""
@@ -3554,6 +4064,9 @@ class Rendezvous:
 
     def on_register_pk(self, request, origin, now):
         """A peer claims its id with its device's uuid and its public key."""
+        if request.old_id and not request.pk and origin.link is not None:
+            yield from self.on_change_of_id(request, origin, now)
+            return
         if not request.uuid or not request.pk:
             text = f"{request.id!a} from {origin.address}"
             yield Refuse(Refusal.NO_DEVICE_UUID, text)
@@ -3561,7 +4074,7 @@ class Rendezvous:
         result, refusal = self.judge_claim(request, origin, now)
         if refusal is not None:
             yield Refuse(refusal, f"{request.id!a} from {origin.address}")
-            yield SendDatagram(origin.sockaddr, RegisterPkResponse(result=result))
+            yield reply(origin, RegisterPkResponse(result=result))
             return
         yield from self.accept_claim(request, origin, now)
 
@@ -3605,7 +4118,7 @@ class Rendezvous:
         if request.id in self.moving:
             return
         self.moving.add(request.id)
-        yield SendDatagram(old.sockaddr, UNREGISTERED)
+        yield old.send(UNREGISTERED)
 
         def decide(later):
             self.moving.discard(request.id)
@@ -3615,8 +4128,7 @@ class Rendezvous:
             else:
                 yield Refuse(Refusal.OLD_ROUTE_LIVES, (
                     f"{request.id!a} from {origin.address}: {old.address} answers"))
-                yield SendDatagram(
-                    origin.sockaddr, RegisterPkResponse(result=Result.TOO_FREQUENT))
+                yield reply(origin, RegisterPkResponse(result=Result.TOO_FREQUENT))
 
         yield Later(ROUTE_CHECK_SECONDS, decide)
 
@@ -3643,33 +4155,147 @@ class Rendezvous:
                 yield from self.register(known, origin, later)
                 return
             yield Refuse(Refusal.STORE_FAILED, f"{request.id!a} from {origin.address}")
-            yield SendDatagram(
-                origin.sockaddr, RegisterPkResponse(result=Result.SERVER_ERROR))
+            yield reply(origin, RegisterPkResponse(result=Result.SERVER_ERROR))
 
-        yield Store(peer, written, failed)
+        yield Store(peer, None, written, failed)
 
     def register(self, peer, origin, now):
         """Make this the peer's route, and say so."""
         registration = self.registrations.get(peer.peer_id)
-        if registration is None or registration.sockaddr != origin.sockaddr:
+        if registration is None or not registration.is_from(origin):
             self.end_route(peer.peer_id)
-            registration = Registration(origin.address, origin.sockaddr, now)
+            registration = Registration(origin, now)
             self.registrations[peer.peer_id] = registration
-            yield Report("registered", f"{peer.peer_id!a} is at {origin.address}")
+            by = origin.listener.value
+            yield Report("registered", f"{peer.peer_id!a} is at {origin.address}, {by}")
+            yield from self.watch_gateway(origin.address.ip)
         registration.seen = now
-        yield SendDatagram(origin.sockaddr, RegisterPkResponse(result=Result.OK))
+        response = RegisterPkResponse(result=Result.OK)
+        if origin.link is not None:
+            yield from self.keep_link(origin.link, now)
+            self.bind_link(origin.link, peer.peer_id)
+            response.keep_alive = KEEP_ALIVE_SECONDS
+        yield reply(origin, response)
+
+    def watch_gateway(self, ip):
+        """Count the peers at a private address: many there are behind a NAT that we
+        are behind as well, as with Docker's, and not in one place."""
+        if is_private(ip):
+            self.at_address[ip] += 1
+            if self.at_address[ip] == GATEWAY_PEERS:
+                yield Report("gateway", (
+                    f"{GATEWAY_PEERS} peers come from {ip}: a gateway hides their "
+                    "addresses, so peers find no direct way (with Docker: use "
+                    "network_mode: host)"))
+
+    def is_gateway(self, ip):
+        """Whether an address stands for many places."""
+        return self.at_address[ip] >= GATEWAY_PEERS
 
     def end_route(self, peer_id):
         """Forget a peer's route and the datagram that renewed it."""
         registration = self.registrations.pop(peer_id, None)
         if registration is not None:
             self.renewals.pop(registration.datagram, None)
+            ip = registration.address.ip
+            if ip in self.at_address:
+                self.at_address[ip] -= 1
+                if not self.at_address[ip]:
+                    del self.at_address[ip]
 
-    def refuse_link_registration(self, request, origin, now):
-        """Registration over a link, or a change of id: clients are told to stop."""
-        yield Refuse(Refusal.NOT_ACCEPTED_HERE, f"RegisterPk from {origin.address}")
-        yield Send(origin.link, RegisterPkResponse(result=Result.NOT_SUPPORT))
-        yield Close(origin.link)
+    # -- links that are kept ---------------------------------------------------
+
+    def errand(self, link):
+        """What a link is for."""
+        if link.errand is None:
+            link.errand = Errand()
+        return link.errand
+
+    def keep_link(self, link, now):
+        """From now on a link lives by heartbeats instead of by what it asks."""
+        errand = self.errand(link)
+        if errand.heard is None:
+            self.kept.put(link, None, now)
+            yield Keep(link)
+        errand.heard = now
+
+    def bind_link(self, link, peer_id):
+        """A link is the route of one peer at a time."""
+        errand = self.errand(link)
+        former = self.registrations.get(errand.peer_id)
+        if errand.peer_id != peer_id and former is not None and former.link is link:
+            self.end_route(errand.peer_id)
+        errand.peer_id = peer_id
+
+    def on_empty_frame(self, link, now):
+        """The answer to a heartbeat; it is not answered in turn."""
+        errand = link.errand
+        if errand is not None and errand.heard is not None:
+            errand.heard = now
+            registration = self.registrations.get(errand.peer_id)
+            if registration is not None and registration.link is link:
+                registration.seen = now
+
+    def beat(self, link, now):
+        """Once in a while: ask a kept link for a sign of life, or give it up."""
+        silent = now - link.errand.heard
+        if silent < HEARTBEAT_TTL_SECONDS:
+            self.kept.put(link, None, now)
+            yield Heartbeat(link)
+        else:
+            text = f"{link.address} said nothing for {silent:.0f} s"
+            yield Refuse(Refusal.LINK_DEAD, text)
+            yield Close(link)
+
+    def on_health_check(self, request, origin, now):
+        """A session wants to be known to be alive: nothing to do but to keep it."""
+        yield from self.keep_link(origin.link, now)
+
+    # -- change of id ----------------------------------------------------------
+
+    def on_change_of_id(self, request, origin, now):
+        """A peer wants another id; its device's uuid and its live route prove it."""
+        result, refusal = self.judge_change(request, origin, now)
+        if refusal is not None:
+            text = f"{request.old_id!a} to {request.id!a} from {origin.address}"
+            yield Refuse(refusal, text)
+            yield reply(origin, RegisterPkResponse(result=result))
+            return
+        old = self.store.peers[request.old_id]
+        peer = Peer(request.id, old.device_uuid, old.public_key, old.ip, old.created)
+        self.unwritten[request.id] = peer
+
+        def written(later):
+            self.unwritten.pop(request.id, None)
+            self.end_route(request.old_id)
+            yield Report("renamed", f"{request.old_id!a} is {request.id!a} now")
+            yield reply(origin, RegisterPkResponse(result=Result.OK))
+
+        def failed(later):
+            self.unwritten.pop(request.id, None)
+            yield Refuse(Refusal.STORE_FAILED, f"{request.old_id!a} keeps its id")
+            yield reply(origin, RegisterPkResponse(result=Result.SERVER_ERROR))
+
+        yield Store(peer, request.old_id, written, failed)
+
+    def judge_change(self, request, origin, now):
+        """The result and refusal for a change of id; (OK, None) if it may be."""
+        if not NEW_ID.fullmatch(request.id):
+            return Result.INVALID_ID_FORMAT, Refusal.BAD_ID
+        if not self.limits.admits_address(origin.address.ip, request.id, now):
+            return Result.TOO_FREQUENT, Refusal.TOO_FREQUENT
+        old = self.store.peers.get(request.old_id)
+        live = self.online(request.old_id, now)
+        if old is None or live is None or live.address.ip != origin.address.ip:
+            return Result.SERVER_ERROR, Refusal.NOT_OWNER
+        if old.device_uuid != request.uuid:
+            return Result.UUID_MISMATCH, Refusal.DEVICE_MISMATCH
+        if not self.limits.admits_id(request.old_id, now):
+            return Result.TOO_FREQUENT, Refusal.TOO_FREQUENT
+        taken = self.unwritten.get(request.id) or self.store.peers.get(request.id)
+        if taken is not None and taken.device_uuid != request.uuid:
+            return Result.ID_EXISTS, Refusal.ID_TAKEN
+        return Result.OK, None
 
     # -- questions -------------------------------------------------------------
 
@@ -3677,6 +4303,24 @@ class Rendezvous:
         """Tell a client the port that it has for us, so that it knows its NAT."""
         yield Send(origin.link, TestNatResponse(port=origin.address.port))
         yield Close(origin.link)
+
+    def on_udp_test(self, request, origin, now):
+        """The same for its UDP port, which is remembered for a hole punch.
+
+        This answer alone is longer than its question, so it is rationed.
+        """
+        place = network_key(origin.address.ip)
+        self.udp_tests.expire(now)
+        tests = self.udp_tests.get(place)
+        if tests is None:
+            tests = [0]
+            self.udp_tests.put(place, tests, now)
+        tests[0] += 1
+        if tests[0] > UDP_TESTS_PER_MINUTE:
+            yield Refuse(Refusal.TOO_FREQUENT, f"UDP tests from {origin.address}")
+            return
+        self.udp_ports.put(origin.address, True, now)
+        yield SendDatagram(origin.sockaddr, TestNatResponse(port=origin.address.port))
 
     def on_online_request(self, request, origin, now):
         """Which of these peers are online: a bit each, most significant first.
@@ -3691,6 +4335,10 @@ class Rendezvous:
         yield Send(origin.link, OnlineResponse(states=bytes(states)))
         if origin.listener is Listener.NAT_TEST:
             yield Close(origin.link)
+
+    def on_http_proxy_request(self, request, origin, now):
+        """A client looks for a web API: there is none, and 404 makes it stop asking."""
+        yield Send(origin.link, HttpProxyResponse(status=404))
 
     # -- introductions ---------------------------------------------------------
 
@@ -3715,8 +4363,8 @@ class Rendezvous:
             return
         self.attempts.note_punch(
             origin.address.ip, request.id, target.address.ip, now)
-        message = self.call_message(request, awaited, target.address)
-        yield SendDatagram(target.sockaddr, message)
+        self.called.put(target.address.ip, True, now)
+        yield target.send(self.call_message(request, awaited, target))
 
     def absence(self, peer_id):
         """Why a peer cannot be reached: (refusal, failure, text for the user)."""
@@ -3730,27 +4378,24 @@ class Rendezvous:
         A repeats its request while it waits, and B must see the same token then.
         None when the link asks for too many peers.
         """
-        link = origin.link
-        if link.errand is None:
-            link.errand = {}
-        awaited = link.errand.get(peer_id)
+        link, waiting = origin.link, self.errand(origin.link).awaited
+        awaited = waiting.get(peer_id)
         if awaited is None or awaited.answered or not self.awaited.get(awaited.token):
-            self.forget_answered(link)
+            self.forget_answered(waiting)
             # An IPv6 token is the address alone, so it can stand for one peer only.
-            most = 1 if link.address.is_ipv6 else AWAITED_PER_LINK
-            if len(link.errand) >= most:
+            if len(waiting) >= (1 if link.address.is_ipv6 else AWAITED_PER_LINK):
                 return None
             awaited = Awaited(link, peer_id, self.make_token(link.address))
-            link.errand[peer_id] = awaited
+            waiting[peer_id] = awaited
         evicted = self.awaited.put(awaited.token, awaited, now)
         if evicted is not None:
             self.forget_awaited(evicted)
         awaited.calls += 1
         return awaited
 
-    def forget_answered(self, link):
+    def forget_answered(self, waiting):
         """What a link has been answered, it awaits no more."""
-        for awaited in list(link.errand.values()):
+        for awaited in list(waiting.values()):
             if awaited.answered:
                 self.forget_awaited(awaited)
 
@@ -3763,41 +4408,60 @@ class Rendezvous:
         link, peer_id = awaited.link, awaited.peer_id
         if self.awaited.get(awaited.token) is awaited:
             self.awaited.discard(awaited.token)
-        if link.errand and link.errand.get(peer_id) is awaited:
-            del link.errand[peer_id]
+        waiting = self.errand(link).awaited
+        if waiting.get(peer_id) is awaited:
+            del waiting[peer_id]
         if self.intranet.get((link.address, peer_id)) is awaited:
             del self.intranet[link.address, peer_id]
 
-    def call_message(self, request, awaited, target_address):
+    def call_message(self, request, awaited, target):
         """The message that calls B: within its network, by a hole, or to the relay."""
-        link = awaited.link
+        link, target_ip = awaited.link, target.address.ip
         a_is_local = self.is_local(link.address.ip)
-        b_is_local = self.is_local(target_address.ip)
-        forced = a_is_local != b_is_local
-        forced = forced or self.must_relay(request, link, target_address)
-        awaited.relay_server = self.relays.choose()
+        b_is_local = self.is_local(target_ip)
+        forced = a_is_local != b_is_local or self.must_relay(request, link, target)
+        awaited.relay_server = self.relays.choose(link.address.ip)
         if b_is_local and not a_is_local:
             awaited.relay_server = self.local_relay or awaited.relay_server
-        same_place = link.address.ip == target_address.ip or a_is_local and b_is_local
+        same_place = a_is_local and b_is_local or (
+            link.address.ip == target_ip and not self.is_gateway(target_ip))
+        ipv6 = b"" if forced else public_ipv6(request.socket_addr_v6)
         if same_place and not forced:
             awaited.call = Call.INTRANET
             self.intranet[link.address, awaited.peer_id] = awaited
             return FetchLocalAddr(
-                socket_addr=awaited.token, relay_server=awaited.relay_server)
+                socket_addr=awaited.token, relay_server=awaited.relay_server,
+                socket_addr_v6=ipv6)
         awaited.call = Call.PUNCH
-        return PunchHole(
+        awaited.udp_port = self.usable_udp_port(request, link, target, forced)
+        return self.with_offer(request.webrtc_sdp_offer, PunchHole(
             socket_addr=awaited.token, relay_server=awaited.relay_server,
             nat_type=NatType.SYMMETRIC if forced else request.nat_type,
-            force_relay=forced)
+            udp_port=awaited.udp_port, force_relay=forced,
+            upnp_port=request.upnp_port, socket_addr_v6=ipv6))
 
-    def must_relay(self, request, link, target_address):
+    def usable_udp_port(self, request, link, target, forced):
+        """A's UDP port if B may punch there: as we saw it ourselves, not as A says."""
+        tested = self.udp_ports.get(Address(link.address.ip, request.udp_port))
+        usable = (tested and not forced and target.link is None
+                  and not link.address.is_ipv6 and not target.address.is_ipv6)
+        return request.udp_port if usable else 0
+
+    def with_offer(self, offer, message):
+        """Add A's WebRTC offer where the message stays one packet."""
+        message.webrtc_sdp_offer = offer
+        if offer and len(message.encode()) > MAX_SENT_DATAGRAM_BYTES - 4:
+            message.webrtc_sdp_offer = ""
+        return message
+
+    def must_relay(self, request, link, target):
         """Whether a direct connection is unwanted or cannot come about."""
         return bool(
             self.config.always_use_relay
             or request.force_relay or request.nat_type == NatType.SYMMETRIC
-            or link.is_websocket
-            or link.address.is_ipv6 != target_address.is_ipv6
-            or target_address.is_loopback and not link.address.is_loopback)
+            or link.is_websocket or target.link is not None and target.link.is_websocket
+            or link.address.is_ipv6 != target.address.is_ipv6
+            or target.address.is_loopback and not link.address.is_loopback)
 
     def is_local(self, ip):
         """Whether an address is inside the network of --mask."""
@@ -3839,13 +4503,39 @@ class Rendezvous:
         if awaited is None or awaited.answered:
             yield from self.refuse_answer(answer, origin)
             return
-        response = PunchHoleResponse(
+        response = self.punch_response(awaited, answer, origin)
+        text = f"direct address {origin.address} of {awaited.peer_id!a}"
+        yield from self.answer_after_hang_up(awaited, response, origin, text)
+
+    def punch_response(self, awaited, answer, origin):
+        """What A is told when B has opened its NAT."""
+        return PunchHoleResponse(
             socket_addr=self.make_token(origin.address),
             pk=self.signed_identity(answer.id, answer.version),
             relay_server=self.relay_for(awaited, answer.relay_server),
-            nat_type=answer.nat_type)
-        text = f"direct address {origin.address} of {awaited.peer_id!a}"
-        yield from self.answer_after_hang_up(awaited, response, origin, text)
+            nat_type=answer.nat_type, is_udp=origin.link is None,
+            upnp_port=answer.upnp_port,
+            socket_addr_v6=public_ipv6(answer.socket_addr_v6),
+            webrtc_sdp_answer=answer.webrtc_sdp_answer)
+
+    def on_punch_hole_sent_by_udp(self, answer, origin, now):
+        """B has opened its NAT for datagrams: it says so three times, A is told once.
+
+        A source address is easily forged, so nothing is ever sent back for this; A
+        is told over its own link.
+        """
+        awaited = self.find_awaited(answer.socket_addr, answer.id, [Call.PUNCH], origin)
+        if awaited is not None and awaited.answered:
+            return
+        if (awaited is None or not awaited.udp_port
+                or not self.is_at_home(awaited.peer_id, origin.address.ip)):
+            yield Refuse(Refusal.NOT_AWAITED, f"{origin.address} by UDP")
+            return
+        awaited.answered = True
+        address = origin.address
+        text = f"{awaited.link.address} got the UDP address {address} of {answer.id!a}"
+        yield Report("introduced", text)
+        yield Send(awaited.link, self.punch_response(awaited, answer, origin))
 
     def on_local_addr(self, answer, origin, now):
         """B is in A's own network: tell A its address there."""
@@ -3859,7 +4549,7 @@ class Rendezvous:
             socket_addr=answer.local_addr,
             pk=self.signed_identity(answer.id, answer.version),
             relay_server=self.relay_for(awaited, answer.relay_server),
-            is_local=True)
+            is_local=True, socket_addr_v6=public_ipv6(answer.socket_addr_v6))
         text = f"local address of {awaited.peer_id!a}"
         yield from self.answer_after_hang_up(awaited, response, origin, text)
 
@@ -3884,7 +4574,9 @@ class Rendezvous:
         awaited.answered = True
         response = RelayResponse(
             uuid=answer.uuid, relay_server=self.relay_for(awaited, answer.relay_server),
-            version=answer.version, refuse_reason=answer.refuse_reason)
+            version=answer.version, refuse_reason=answer.refuse_reason,
+            socket_addr_v6=public_ipv6(answer.socket_addr_v6),
+            upnp_port=answer.upnp_port, webrtc_sdp_answer=answer.webrtc_sdp_answer)
         if not asked_by_a:
             response.pk = self.signed_identity(answer.id, answer.version)
         text = f"{awaited.link.address} meets {awaited.peer_id!a} at the relay"
@@ -3913,11 +4605,35 @@ class Rendezvous:
             yield Close(origin.link)
             return
         awaited.call = Call.RELAY
-        relay_server = request.relay_server or self.relays.choose()
-        yield SendDatagram(target.sockaddr, RequestRelay(
+        self.called.put(target.address.ip, True, now)
+        ip = origin.address.ip
+        yield target.send(RequestRelay(
             id=request.id, uuid=request.uuid, socket_addr=awaited.token,
-            relay_server=relay_server, secure=request.secure,
-            conn_type=request.conn_type))
+            relay_server=request.relay_server or self.relays.choose(ip),
+            secure=request.secure, conn_type=request.conn_type))
+
+    def on_ice_candidate(self, candidate, origin, now):
+        """A WebRTC candidate: from A it names B, from B it carries A's token."""
+        errand = self.errand(origin.link)
+        size = len(candidate.candidate.encode()) + len(candidate.session_key.encode())
+        errand.candidates += 1
+        if size > MAX_CANDIDATE_BYTES or errand.candidates > MAX_CANDIDATES:
+            yield Refuse(Refusal.TOO_LARGE, f"WebRTC candidate of {origin.address}")
+            return
+        passed = IceCandidate(
+            session_key=candidate.session_key, candidate=candidate.candidate)
+        awaited = errand.awaited.get(candidate.id)
+        target = self.online(candidate.id, now)
+        if awaited is not None and target is not None:
+            passed.socket_addr = awaited.token
+            yield target.send(passed)
+            return
+        awaited = self.awaited.get(candidate.socket_addr)
+        if awaited is None or not self.is_at_home(awaited.peer_id, origin.address.ip):
+            yield Refuse(Refusal.NOT_AWAITED, f"WebRTC candidate of {origin.address}")
+            return
+        passed.id = awaited.peer_id
+        yield Send(awaited.link, passed)
 
     def signed_identity(self, peer_id, version):
         """B's id and key under our signature, or b"".
@@ -3932,25 +4648,35 @@ class Rendezvous:
         return peer.signed
 
     def relay_for(self, awaited, relay_server):
-        """The relay that A is told: B's choice, but within the local network ours.
+        """The relay that A is told: B's choice, as far as A can reach it.
 
-        Old targets name none; then it is the one that we named to them.
+        Old targets name none; then it is the one that we named to them.  Within the
+        network of --mask it is our local address.  An address of B's own network is
+        of no use to an initiator from the internet.
         """
+        ip = awaited.link.address.ip
         if not relay_server:
             return awaited.relay_server if awaited.call is not Call.RELAY else ""
-        if self.is_local(awaited.link.address.ip):
+        if self.is_local(ip):
             return self.local_relay or relay_server
-        if relay_server == self.local_relay:
-            return self.relays.choose() or relay_server
+        if relay_server == self.local_relay or (
+                not is_private(ip) and is_private_host(relay_server)):
+            return self.relays.choose(ip) or relay_server
         return relay_server
 
     # -- the passing of time ---------------------------------------------------
 
     def on_link_closed(self, link, now):
         """A link has ended: nobody waits for its answers any more."""
-        for awaited in list((link.errand or {}).values()):
+        errand = self.errand(link)
+        for awaited in list(errand.awaited.values()):
             self.forget_awaited(awaited)
             yield from self.report_unanswered(awaited)
+        self.kept.discard(link)
+        registration = self.registrations.get(errand.peer_id)
+        if registration is not None and registration.link is link:
+            self.end_route(errand.peer_id)
+            yield Report("left", f"{errand.peer_id!a} hung up at {link.address}")
         link.errand = None
 
     def tick(self, now):
@@ -3958,6 +4684,10 @@ class Rendezvous:
         for _, awaited in self.awaited.expire(now):
             self.forget_awaited(awaited)
             yield from self.report_unanswered(awaited)
+        for link, _ in self.kept.expire(now):
+            yield from self.beat(link, now)
+        self.udp_ports.expire(now)
+        self.called.expire(now)
 
     def report_unanswered(self, awaited):
         """The target was called and did not answer: what an operator needs to know."""
@@ -3971,8 +4701,12 @@ class Rendezvous:
         Listener.UDP: {
             RegisterPeer: on_register_peer,
             RegisterPk: on_register_pk,
+            TestNatRequest: on_udp_test,
+            PunchHoleSent: on_punch_hole_sent_by_udp,
         },
         Listener.TCP: {
+            RegisterPeer: on_register_peer,
+            RegisterPk: on_register_pk,
             TestNatRequest: on_test_nat_request,
             OnlineRequest: on_online_request,
             PunchHoleRequest: on_punch_hole_request,
@@ -3980,7 +4714,9 @@ class Rendezvous:
             LocalAddr: on_local_addr,
             RequestRelay: on_request_relay,
             RelayResponse: on_relay_response,
-            RegisterPk: refuse_link_registration,
+            HealthCheck: on_health_check,
+            HttpProxyRequest: on_http_proxy_request,
+            IceCandidate: on_ice_candidate,
         },
         Listener.NAT_TEST: {
             TestNatRequest: on_test_nat_request,
@@ -4614,20 +5350,22 @@ class Helper:
 # of a connection is here.  A connection that shall not be read is not watched: so
 # the kernel's buffers, not ours, hold what nobody takes.
 #
-# Uses: Constants, Refusals, Frames and addresses, WebSocket and HTTP,
-# Configuration, Limits, Actions, Event loop.
+# Uses: Constants, Refusals, Messages, Frames and addresses, WebSocket and HTTP,
+# Keys, Configuration, Limits, Actions, Event loop.
 
 #: Raw bytes of all sessions pass through this buffer; nothing stays in it.
 BUFFER = bytearray(PIPE_BUFFER_BYTES)
 BUFFER_VIEW = memoryview(BUFFER)
 #: What one read takes before a connection is paired.
 RECEIVE_BYTES = 16 * 1024
+#: Python names it from 3.14 on; the number is Linux's.
+IP_PKTINFO = getattr(socket, "IP_PKTINFO", 8)
+#: How soon bytes that were too few are looked at again.
+LOOK_AGAIN_SECONDS = 0.02
 #: When slow readers hold back more than this in all, reads for them shrink.
 HELD_BUDGET_BYTES = 64 * 1024 * 1024
 HELD_READ_BYTES = 16 * 1024
 
-HTTP_METHODS = (b"GET ", b"HEAD ", b"POST ", b"PUT ", b"DELETE ", b"OPTIONS ",
-                b"PATCH ")
 PRINTABLE = bytes(range(32, 127)) + b"\t\r\n"
 WEBSOCKET_CODES = {Refusal.TOO_LARGE: 1009, Refusal.BAD_WEBSOCKET: 1002}
 
@@ -4637,7 +5375,9 @@ class State(enum.Enum):
 
     FRESH = "fresh"  # its first bytes have not told the transport yet
     COMMAND = "command"  # an operator types a text command
+    SHAKING = "shaking hands"  # of TLS
     HEAD = "head"  # the head of an HTTP request is coming
+    BODY = "body"  # of a request that will be answered when it is over
     FRAMED = "framed"  # frames or WebSocket messages
     WAITING = "waiting"  # a relay link without its partner
     PAIRED = "paired"  # pipes read and write for it
@@ -4648,12 +5388,13 @@ class State(enum.Enum):
 class StreamListener:
     """A listening TCP socket."""
 
-    def __init__(self, server, sock, name, listener, has_console=False):
+    def __init__(self, server, sock, name, listener):
         self.server = server
         self.socket = sock
         self.name = name
         self.listener = listener
-        self.has_console = has_console
+        self.has_console = name in ("nat-test", "relay")
+        self.offers_key = name == "rendezvous"
         self.address = address_of(sock.getsockname())
         server.loop.watch(sock, READ, self.on_events)
 
@@ -4737,12 +5478,191 @@ class DatagramListener:
         self.socket.close()
 
 
+class MultihomedListener(DatagramListener):
+    """The same on a host with several addresses: an answer leaves from the address
+    that its question came to, or the NAT of a client would not let it in.
+
+    What the roles get for a socket address is then a pair: the client's, and the
+    control message that says ours.  It costs a fifth more.
+    """
+
+    def __init__(self, server, sock, name, renewals):
+        super().__init__(server, sock, name, renewals)
+        if sock.family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
+        else:
+            sock.setsockopt(socket.IPPROTO_IP, IP_PKTINFO, 1)
+
+    def on_events(self, events):
+        """Answer what has come (see hot path 1)."""
+        for _ in range(DATAGRAM_BATCH):
+            try:
+                received = self.socket.recvmsg(MAX_DATAGRAM_BYTES, 64)
+                datagram, control, _, client = received
+                sockaddr = client, our_address(control)
+                registration = self.renewals.get(datagram)
+                if registration is not None and registration.sockaddr == sockaddr:
+                    registration.seen = self.server.loop.now
+                    self.send(b"\x3a\x00", sockaddr)  # RegisterPeerResponse{}
+                else:
+                    self.server.on_datagram(datagram, sockaddr, client)
+            except BlockingIOError:
+                return
+            except OSError:
+                pass  # an error of one datagram, or of its sender, is its own
+
+    def send(self, payload, sockaddr):
+        """Send one datagram from the address that the client knows us by."""
+        client, control = sockaddr
+        try:
+            self.socket.sendmsg([payload], control, 0, client)
+        except OSError:
+            pass
+
+
+def our_address(control):
+    """The control message that makes an answer leave from where its question came to.
+
+    IPv6: address, interface; IPv4: interface, address of ours, address in the
+    header.  The interface is left to the routing table.
+    """
+    for level, kind, data in control:
+        if (level, kind) == (socket.IPPROTO_IPV6, socket.IPV6_PKTINFO):
+            return ((level, kind, data[:16] + bytes(4)),)
+        if (level, kind) == (socket.IPPROTO_IP, IP_PKTINFO):
+            return ((level, kind, bytes(4) + data[4:8] + bytes(4)),)
+    return ()
+
+
+def has_several_addresses():
+    """Whether this host can be reached at several addresses, as far as /proc tells."""
+    try:
+        with open("/proc/net/fib_trie", encoding="ascii") as file:
+            lines = file.read().split("\n")
+    except OSError:
+        return False
+    ipv4 = {line.split()[1] for line, after in zip(lines, lines[1:])
+            if "|--" in line and "/32 host LOCAL" in after}
+    try:
+        with open("/proc/net/if_inet6", encoding="ascii") as file:
+            ipv6 = [line for line in file if line.split()[3] == "00"]  # global scope
+    except OSError:
+        ipv6 = []
+    return len([ip for ip in ipv4 if not ip.startswith("127.")]) > 1 or len(ipv6) > 1
+
+
+class Tls:
+    """The certificate, as it was last read."""
+
+    def __init__(self, certificate, key):
+        import ssl  # only here: small systems lack it
+
+        self.ssl = ssl
+        self.files = certificate, key or certificate
+        self.read_at = self.changed()
+        self.context = self.read()
+
+    def read(self):
+        """The context of TLS 1.2 and later; OSError or ValueError if it can't be."""
+        context = self.ssl.SSLContext(self.ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = self.ssl.TLSVersion.TLSv1_2
+        context.load_cert_chain(*self.files, password=lambda: "")
+        return context
+
+    def changed(self):
+        """When each file was written last."""
+        return [os.stat(path).st_mtime_ns for path in self.files]
+
+    def reload(self):
+        """Read the files again; what raises leaves the old certificate in force."""
+        self.read_at = self.changed()
+        self.context = self.read()
+
+    def wrap(self, sock):
+        """A TLS socket that has not shaken hands yet."""
+        return TlsSocket(self.ssl, self.context.wrap_socket(
+            sock, server_side=True, do_handshake_on_connect=False))
+
+
+class TlsSocket:
+    """A TLS socket that behaves like the others here: it blocks by BlockingIOError,
+    and fills what it is given."""
+
+    __slots__ = ("ssl", "socket")
+
+    def __init__(self, ssl, sock):
+        self.ssl = ssl
+        self.socket = sock
+
+    def fileno(self):
+        """The descriptor, for the selector."""
+        return self.socket.fileno()
+
+    def shake_hands(self):
+        """A step of the handshake; which event the next one waits for, 0 at the end."""
+        try:
+            self.socket.do_handshake()
+        except self.ssl.SSLWantReadError:
+            return READ
+        except self.ssl.SSLWantWriteError:
+            return WRITE
+        return 0
+
+    def recv_into(self, buffer, size):
+        """Fill a buffer as far as there is something; 0 at the end."""
+        view, got = memoryview(buffer), 0
+        while got < size:
+            try:
+                part = self.socket.recv_into(view[got:size])
+            except (self.ssl.SSLWantReadError, self.ssl.SSLWantWriteError):
+                if not got:
+                    raise BlockingIOError() from None
+                break
+            except self.ssl.SSLError:
+                if not got:
+                    raise
+                break
+            if not part:
+                break
+            got += part
+        return got
+
+    def recv(self, size):
+        """What has come, up to `size` bytes."""
+        got = self.recv_into(BUFFER, size)
+        return bytes(BUFFER_VIEW[:got])
+
+    def send(self, data):
+        """Send what the socket takes; the number of bytes."""
+        view, sent = memoryview(data), 0
+        while sent < len(view):
+            try:
+                sent += self.socket.send(view[sent:])
+            except (self.ssl.SSLWantReadError, self.ssl.SSLWantWriteError):
+                if not sent:
+                    raise BlockingIOError() from None
+                break
+        return sent
+
+    def shutdown(self, how):
+        """Say that we end (close_notify), and end our half."""
+        try:
+            self.socket.unwrap()
+        except (OSError, ValueError):
+            pass  # the other side need not have answered yet
+        self.socket.shutdown(how)
+
+    def close(self):
+        """Close the socket."""
+        self.socket.close()
+
+
 class Connection(Link):
     """An accepted TCP connection, until it is closed."""
 
     __slots__ = ("server", "socket", "state", "on_readable", "on_writable", "interest",
                  "pending", "unsent", "framing", "entrance", "patience", "strange",
-                 "served", "then", "timer")
+                 "served", "then", "timer", "trusted", "tls", "channel", "body")
 
     def __init__(self, server, sock, address, entrance):
         super().__init__(entrance.listener, address)
@@ -4755,12 +5675,18 @@ class Connection(Link):
         self.strange = 0  # messages of unknown kinds so far
         self.served = False  # whether any frame has come
         self.then = self.timer = None  # what follows its end, and when at the latest
+        self.trusted = server.trusts(address.ip)  # to say who the client is
+        self.tls = False
+        self.channel = None  # the `SecureChannel` that was offered, if any
+        self.body = 0  # bytes of a request's body that have not come yet
         self.patience = server.first_frame_patience(entrance.listener)
         self.patience.put(self, None, server.loop.now)
         self.on_writable = self.flush
         self.become(State.FRESH, self.read_first)
         self.interest = READ
         server.loop.watch(sock, READ, self.on_events)
+        if entrance.offers_key:
+            self.timer = server.loop.later(KEY_EXCHANGE_DELAY_SECONDS, self.offer_key)
 
     # -- state -----------------------------------------------------------------
 
@@ -4784,6 +5710,9 @@ class Connection(Link):
         if interest != self.interest:
             before, self.interest = self.interest, interest
             self.server.loop.change(self.socket, before, interest, self.on_events)
+            if self.tls and interest & READ & ~before:
+                # What TLS has decrypted by now makes no socket readable.
+                self.server.loop.later(0.0, lambda: self.on_events(READ))
 
     def on_events(self, events):
         """The socket is ready."""
@@ -4817,6 +5746,8 @@ class Connection(Link):
 
     def read_first(self):
         """The first bytes tell the transport."""
+        if (self.trusted or self.server.tls) and not self.tls and self.look_ahead():
+            return
         data = self.receive()
         if not data:
             self.on_nothing(data)
@@ -4834,6 +5765,104 @@ class Connection(Link):
             self.become(State.FRAMED, self.read_frames)
         self.pending = b""
         self.take_in(data)
+
+    def look_ahead(self):
+        """Whether what has come is a proxy's header or TLS, and was treated as such.
+
+        It is only looked at: TLS has to read its own first bytes.
+        """
+        try:
+            data = self.socket.recv(RECEIVE_BYTES, socket.MSG_PEEK)
+        except OSError:
+            return False
+        if self.trusted and data:
+            if self.on_proxy_bytes(data):
+                return True
+        kind = is_tls(data) if self.server.tls and data else False
+        if kind:
+            self.start_tls()
+        elif kind is None:
+            self.look_again()
+        return kind is not False
+
+    def look_again(self):
+        """Too few bytes to tell: they stay where they are until there are more."""
+        self.watch(self.interest & ~READ)
+        self.server.loop.later(LOOK_AGAIN_SECONDS, lambda: self.state is State.FRESH
+                               and self.watch(self.interest | READ))
+
+    def on_proxy_bytes(self, data):
+        """Whether a trusted proxy's header has come or is coming; take it in."""
+        kind = is_proxy_header(data)
+        try:
+            found = parse_proxy_header(data) if kind else None
+        except Refused as refused:
+            self.refuse(refused)
+            return True
+        if kind is not False and found is None:
+            self.look_again()
+        elif kind:
+            self.socket.recv(found[1])
+            self.trusted = False  # who speaks from here on is somebody else
+            if found[0] is not None:
+                self.move_to(found[0])
+        return kind is not False
+
+    def move_to(self, address):
+        """The client is somewhere else than its connection."""
+        self.address = address
+        if not self.server.admits(self.listener, address):
+            self.close()
+
+    def start_tls(self):
+        """Shake hands, then begin again with what is inside."""
+        self.watch(0)
+        self.socket = self.server.tls.wrap(self.socket)
+        self.tls = True
+        self.become(State.SHAKING, self.shake_hands)
+        self.on_writable = self.shake_hands
+        self.shake_hands()
+
+    def shake_hands(self):
+        """One step of the TLS handshake."""
+        try:
+            wanted = self.socket.shake_hands()
+        except OSError as error:
+            self.server.refuse(Refusal.TLS_FAILED, f"{self.address}: {error}")
+            self.close()
+            return
+        if wanted:
+            self.watch(wanted)
+            return
+        self.on_writable = self.flush
+        self.become(State.FRESH, self.read_first)
+        self.watch(0)
+        self.watch(READ)
+
+    def offer_key(self, at_last=False):
+        """Nothing has come: a client that wants a secured connection waits for this.
+
+        While a peer at this address is called it may only be slow to answer.
+        """
+        if self.state is not State.FRESH or self.pending or self.listener is not (
+                Listener.TCP):
+            return
+        if not at_last and self.server.is_called(self.address.ip):
+            more = KEY_EXCHANGE_CALLED_SECONDS - KEY_EXCHANGE_DELAY_SECONDS
+            self.timer = self.server.loop.later(more, lambda: self.offer_key(True))
+            return
+        exchange_key = self.server.exchange_key()
+        if exchange_key is not None:
+            self.channel = SecureChannel(exchange_key)
+            payload = encode_message(exchange_key.offer)
+            self.write(frame_header(len(payload)) + payload)
+
+    def agree(self, message):
+        """The client's part of the key exchange, which must have been offered."""
+        if self.channel is None:
+            raise Refused(Refusal.SECURE_FAILED, "a key exchange that was not offered")
+        self.channel.agree(message)
+        self.framing.max_size = MAX_SECURED_FRAME_BYTES
 
     def on_nothing(self, data):
         """There was nothing to read (None), or the other side has ended (b"")."""
@@ -4870,9 +5899,11 @@ class Connection(Link):
                 break
             if self.listener is Listener.RELAY:
                 self.become(State.WAITING, self.read_early)
-            elif not self.served or self.patience is self.server.next_patience:
+            elif self.patience is not None:
                 self.be_patient(self.server.next_patience)
             self.served = True
+            if self.channel is not None:
+                payload = self.channel.open(payload)
             self.server.on_frame(self, payload)
         if self.state is State.WAITING:
             self.be_patient(None)  # the relay itself counts its time
@@ -4915,20 +5946,66 @@ class Connection(Link):
         if found is None:
             return
         request, size = found
-        if not wants_websocket(request):
-            text = "this is a RustDesk server: WebSocket and RustDesk clients only"
-            upgrade = "Upgrade: websocket"
-            self.write(http_response("426 Upgrade Required", text, upgrade))
-            self.server.refuse(Refusal.BAD_HTTP, f"{self.address} wants no WebSocket")
-            self.end()
+        if self.entrance.listener is Listener.API or not wants_websocket(request):
+            self.become(State.BODY, self.read_body)
+            self.body = request.body_size
+            rest, self.pending = self.pending[size:], b""
+            self.on_body_bytes(rest)
             return
         response, accepted = answer_handshake(request)
+        if accepted and not self.choose_role(request.path):
+            response, accepted = http_response("404 Not Found"), False
         self.write(response)
         if not accepted:
             self.server.refuse(Refusal.BAD_HTTP, f"{self.address}: bad handshake")
             self.end()
             return
-        self.become_websocket(self.pending[size:])
+        self.find_client(request)
+        if self.state is State.HEAD:
+            self.become_websocket(self.pending[size:])
+
+    def read_body(self):
+        """More of a request's body, which is read so that its answer is."""
+        data = self.receive()
+        if not data:
+            self.on_nothing(data)
+            return
+        self.on_body_bytes(data)
+
+    def on_body_bytes(self, data):
+        """Answer a request that wants no WebSocket when its body is over."""
+        self.body -= len(data)
+        if self.body > 0:
+            return
+        if self.entrance.listener is Listener.API:
+            self.write(http_response("404 Not Found"))
+        else:
+            text = "this is a RustDesk server: WebSocket and RustDesk clients only"
+            upgrade = "Upgrade: websocket"
+            self.write(http_response("426 Upgrade Required", text, upgrade))
+            self.server.refuse(Refusal.BAD_HTTP, f"{self.address} wants no WebSocket")
+        self.end()
+
+    def choose_role(self, path):
+        """Let the path decide the role; whether there is that role here."""
+        path = path.partition("?")[0].rstrip("/")
+        if path == "/ws/id":
+            self.listener = Listener.TCP
+        elif path == "/ws/relay":
+            self.listener = Listener.RELAY
+        return self.listener in self.server.accepts
+
+    def find_client(self, request):
+        """Behind a reverse proxy the headers say who the client is.
+
+        All its clients then come from one address, so each gets a port of its own:
+        answers find the right one by it.
+        """
+        ip = header_ip(request, self.server.trusts) if self.trusted else None
+        if ip is not None:
+            self.move_to(self.server.pseudo_address(ip))
+        elif self.listener is not self.entrance.listener:
+            self.move_to(self.address)
 
     def become_websocket(self, rest):
         """The handshake is done: messages follow."""
@@ -4988,6 +6065,8 @@ class Connection(Link):
     def send_payload(self, payload):
         """Send a payload as one frame or message, while there is a way to do it."""
         if self.framing is not None and self.state in (State.FRAMED, State.WAITING):
+            if self.channel is not None:
+                payload = self.channel.seal(payload)
             self.write(self.framing.wrap(payload))
 
     def write(self, data):
@@ -5069,6 +6148,7 @@ class Connection(Link):
             self.timer.cancel()
         then, self.then, self.timer, self.socket = self.then, None, None, None
         self.on_writable, self.framing = self.read_nothing, None
+        self.server.pseudo_addresses.discard(self.address)
         self.pending = self.unsent = b""
         self.server.on_closed(self)
         self.on_readable = self.on_writable = None  # or it would refer to itself
@@ -5419,6 +6499,9 @@ class Server:
         self.first_patience = ExpiringTable(FIRST_FRAME_SECONDS, 1 << 30)
         self.next_patience = ExpiringTable(NEXT_FRAME_SECONDS, 1 << 30)
         self.relay_patience = ExpiringTable(RELAY_FIRST_FRAME_SECONDS, 1 << 30)
+        self.pseudo_addresses = set()  # of clients behind a reverse proxy
+        self.current_exchange_key = None
+        self.tls = self.load_certificate()
         self.started = self.loop.now
         if role != "hbbr":
             self.create_rendezvous()
@@ -5439,6 +6522,43 @@ class Server:
         for warning in warnings:
             self.log.warn(warning)
         return key
+
+    def load_certificate(self):
+        """TLS for every TCP port, if there is a certificate."""
+        certificate, key = self.config.tls_cert, self.config.tls_key
+        if not certificate:
+            return None
+        try:
+            tls = Tls(certificate, key)
+        except ImportError:
+            raise StartTrouble("--tls-cert needs Python's ssl module, which is not "
+                               "installed here (OpenWrt: opkg install python3-openssl)"
+                               ) from None
+        except (OSError, ValueError) as error:
+            raise StartTrouble(f"the certificate of --tls-cert {certificate} cannot be "
+                               f"used with --tls-key {key or certificate}: {error}"
+                               ) from None
+        self.loop.later(CERTIFICATE_CHECK_SECONDS, self.check_certificate)
+        return tls
+
+    def check_certificate(self):
+        """Now and then: a new certificate is taken without a word from anybody."""
+        self.loop.later(CERTIFICATE_CHECK_SECONDS, self.check_certificate)
+        try:
+            changed = self.tls.changed() != self.tls.read_at
+        except OSError:
+            return  # being replaced just now
+        if changed:
+            self.reload_certificate()
+
+    def reload_certificate(self):
+        """Read the certificate again; a bad one leaves the old one in force."""
+        try:
+            self.tls.reload()
+            self.log.info(f"certificate {self.tls.files[0]} read again")
+        except (OSError, ValueError) as error:
+            self.log.error(f"certificate {self.tls.files[0]} cannot be used, the old "
+                           f"one stays: {error}")
 
     def create_rendezvous(self):
         """The ID server: its key, its store, its role."""
@@ -5512,14 +6632,31 @@ class Server:
             main = self.listen(port, "rendezvous", Listener.TCP)
             self.listen_for_datagrams(main.address.port)
             nat_port = port and port + NAT_TEST_OFFSET
-            self.listen(nat_port, "nat-test", Listener.NAT_TEST, has_console=True)
+            self.listen(nat_port, "nat-test", Listener.NAT_TEST)
             web_port = port and port + WEBSOCKET_OFFSET
             self.listen(web_port, "rendezvous-websocket", Listener.TCP)
+            self.listen_for_api(port)
         if self.relay is not None:
             port = self.relay_port()
-            self.listen(port, "relay", Listener.RELAY, has_console=True)
+            self.listen(port, "relay", Listener.RELAY)
             web_port = port and port + WEBSOCKET_OFFSET
             self.listen(web_port, "relay-websocket", Listener.RELAY)
+        default = Listener.RELAY if self.rendezvous is None else Listener.TCP
+        for ip, port in self.config.listen:
+            self.listen(port, "added", default, ip)
+
+    def listen_for_api(self, port):
+        """Answer web API requests with 404, unless an API server is there."""
+        api_port = self.config.api_port
+        if api_port is None:
+            api_port = port and port + API_OFFSET
+        if api_port < 0:
+            return
+        try:
+            self.listen(api_port, "api", Listener.API)
+        except StartTrouble as trouble:
+            self.log.warn(f"{trouble}; if that is an API server, --api-port off ends "
+                          "this warning")
 
     def relay_port(self):
         """The relay's own port: beside an ID server one above its port."""
@@ -5528,9 +6665,8 @@ class Server:
             return RELAY_PORT
         return port + RELAY_OFFSET if port and self.rendezvous is not None else port
 
-    def bind(self, kind, port):
+    def bind(self, kind, port, ip):
         """A bound, non-blocking socket, for IPv6 and IPv4 where that goes."""
-        ip = self.config.bind
         families = [socket.AF_INET6 if ":" in ip else socket.AF_INET] if ip else [
             socket.AF_INET6, socket.AF_INET]
         for family in families:
@@ -5549,30 +6685,32 @@ class Server:
                     raise StartTrouble(bind_failure(kind, ip, port, error)) from None
         raise StartTrouble("this system has neither IPv6 nor IPv4")
 
-    def listen(self, port, name, listener, has_console=False):
+    def listen(self, port, name, listener, ip=""):
         """Open one TCP port."""
-        if port > 65535:
-            raise StartTrouble(f"port {port} ({name}) is too high: choose a lower -p")
-        sock = self.bind(socket.SOCK_STREAM, port)
+        if not 0 <= port <= 65535:
+            raise StartTrouble(f"there is no port {port} ({name}): choose another -p")
+        ip = ip or self.config.bind
+        sock = self.bind(socket.SOCK_STREAM, port, ip)
         if listener is Listener.RELAY:
             keep_alive(sock)
         try:
             sock.listen(LISTEN_BACKLOG)
         except OSError as error:
             raise StartTrouble(bind_failure(
-                socket.SOCK_STREAM, self.config.bind, port, error)) from None
-        opened = StreamListener(self, sock, name, listener, has_console)
+                socket.SOCK_STREAM, ip, port, error)) from None
+        opened = StreamListener(self, sock, name, listener)
         self.listeners.append(opened)
         self.log.info(f"listening on tcp {opened.address} ({name})")
         return opened
 
     def listen_for_datagrams(self, port):
         """Open the UDP port."""
-        sock = self.bind(socket.SOCK_DGRAM, port)
+        sock = self.bind(socket.SOCK_DGRAM, port, self.config.bind)
         if self.config.rmem:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self.config.rmem)
-        renewals = self.rendezvous.renewals
-        self.datagrams = DatagramListener(self, sock, "rendezvous", renewals)
+        several = not self.config.bind and has_several_addresses()
+        kind = MultihomedListener if several else DatagramListener
+        self.datagrams = kind(self, sock, "rendezvous", self.rendezvous.renewals)
         self.listeners.append(self.datagrams)
         self.log.info(f"listening on udp {self.datagrams.address} (rendezvous)")
 
@@ -5584,6 +6722,36 @@ class Server:
             self.refuse(Refusal.REFUSED_ADDRESS, str(address))
             return False
         return True
+
+    def trusts(self, ip):
+        """Whether an address may say that its clients are at another one."""
+        if self.config.trusted_proxy is TRUST_LOOPBACK:
+            return ip.startswith("127.") or ip == "::1"
+        address = ipaddress.ip_address(ip.partition("%")[0])
+        return any(address in network for network in self.config.trusted_proxy)
+
+    def pseudo_address(self, ip):
+        """An address for a client behind a proxy that no other one has now."""
+        while True:
+            port = int.from_bytes(os.urandom(2), "big")
+            address = Address(ip, port)
+            if port and address not in self.pseudo_addresses:
+                self.pseudo_addresses.add(address)
+                return address
+
+    def is_called(self, ip):
+        """Whether a peer at this address is expected to answer a call."""
+        return self.rendezvous.called.get(ip) is not None
+
+    def exchange_key(self):
+        """The key pair for secured connections of this minute; None without a key."""
+        key, now = self.rendezvous.key, self.loop.now
+        if key.secret is None:
+            return None
+        current = self.current_exchange_key
+        if current is None or now - current.made > EXCHANGE_KEY_SECONDS:
+            self.current_exchange_key = ExchangeKey(key, os.urandom, now)
+        return self.current_exchange_key
 
     def first_frame_patience(self, listener):
         """How long a new connection may be silent."""
@@ -5597,9 +6765,9 @@ class Server:
             return MAX_RELAY_REQUEST_BYTES, False
         return MAX_FRAME_BYTES, True
 
-    def on_datagram(self, datagram, sockaddr):
-        """A datagram that is no renewal."""
-        address = address_of(sockaddr)
+    def on_datagram(self, datagram, sockaddr, client=None):
+        """A datagram that is no renewal; answers go to `sockaddr`."""
+        address = address_of(client or sockaddr)
         try:
             message = decode_message(datagram)
             handler = self.accepts[Listener.UDP].get(type(message))
@@ -5614,6 +6782,10 @@ class Server:
     def on_frame(self, link, payload):
         """A frame of a link: decode it and let its role answer; may raise Refused."""
         message = decode_message(payload)
+        if type(message) is KeyExchange and link.listener is Listener.TCP:
+            link.agree(message)
+            self.attempts.count("secured")
+            return
         handler = self.accepts[link.listener].get(type(message))
         if self.log.debugging:
             self.log.debug(f"< {link.address} {type(message).__name__}")
@@ -5627,6 +6799,8 @@ class Server:
         """An empty frame, or a message that this listener does not take."""
         if link.listener is Listener.RELAY:
             raise Refused(Refusal.NO_RELAY_REQUEST, "the first frame was another")
+        if link.errand is not None:
+            self.rendezvous.on_empty_frame(link, self.loop.now)
         if payload:
             refusal = Refusal.STRANGE if message is None else Refusal.NOT_ACCEPTED_HERE
             self.refuse(refusal, f"{type(message).__name__} from {link.address}")
@@ -5668,6 +6842,14 @@ class Server:
         if self.log.debugging:
             self.log.debug(f"> {action.link.address} {type(action.message).__name__}")
         action.link.send_payload(encode_message(action.message))
+
+    def do_heartbeat(self, action):
+        """Send an empty frame."""
+        action.link.send_payload(b"")
+
+    def do_keep(self, action):
+        """Let a link be silent."""
+        action.link.be_patient(None)
 
     def do_send_datagram(self, action):
         """Send a datagram."""
@@ -5716,7 +6898,8 @@ class Server:
 
     PERFORM = {
         Send: do_send, SendDatagram: do_send_datagram, Close: do_close,
-        HangUp: do_hang_up, Pair: do_pair, Store: do_store, Later: do_later,
+        Heartbeat: do_heartbeat, Keep: do_keep, HangUp: do_hang_up,
+        Pair: do_pair, Store: do_store, Later: do_later,
         Report: do_report, Refuse: do_refuse,
     }
 
@@ -5764,11 +6947,10 @@ class Server:
 
     def write_stores(self, stores):
         """Append records, then go on as each action says."""
-        peers = [action.peer for action in stores]
-        for peer in peers:
-            peer.created = peer.created or int(time.time())
+        for action in stores:
+            action.peer.created = action.peer.created or int(time.time())
         try:
-            self.store.append(peers)
+            self.store.append([(action.peer, action.replaces) for action in stores])
         except OSError as error:
             self.log.error(f"cannot write {self.store.path}: {error.strerror}; new "
                            "peers are refused until the disk takes them")
@@ -5877,7 +7059,7 @@ class Server:
 
     def check_relays(self):
         """Try the relays of the list, now and then again and again."""
-        self.helper.run(lambda: resolve_relays(self.config.relay_servers),
+        self.helper.run(lambda: resolve_relays(self.rendezvous.relays.names),
                         self.on_relays_resolved)
         self.loop.later(RELAY_CHECK_SECONDS, self.check_relays)
 
@@ -5919,6 +7101,11 @@ class Server:
         """Serve until SIGTERM or SIGINT."""
         gc.freeze()  # what is loaded by now is never looked through again
         self.loop.run()
+
+    def reload(self):
+        """SIGHUP: read again what can change while we run."""
+        if self.tls is not None:
+            self.reload_certificate()
 
     def stop(self, reason):
         """End after this turn."""
@@ -6046,7 +7233,9 @@ def add_settings(parser):
     for row in SETTINGS.values():
         flags = ([f"-{row.short}"] if row.short else []) + [f"--{row.name}"]
         text = f"ignored: {row.deprecated}" if row.deprecated else row.text
+        action = "append" if row.parse is parse_endpoints else "store"
         parser.add_argument(*flags, dest=row.attribute, metavar=row.metavar,
+                            action=action,
                             help=text.replace("`", "").replace("%", "%%"))
 
 
@@ -6125,6 +7314,12 @@ def catch_signals(server):
     def stop(number, frame):
         server.stop(signal.Signals(number).name)
 
+    def reload(number, frame):
+        server.loop.later(0.0, server.reload)
+        server.helper.wake()
+
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, reload)
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
 
