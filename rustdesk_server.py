@@ -4180,7 +4180,7 @@ class Rendezvous:
     def watch_gateway(self, ip):
         """Count the peers at a private address: many there are behind a NAT that we
         are behind as well, as with Docker's, and not in one place."""
-        if is_private(ip):
+        if is_private(ip) and not ip.startswith("127.") and ip != "::1":
             self.at_address[ip] += 1
             if self.at_address[ip] == GATEWAY_PEERS:
                 yield Report("gateway", (
@@ -5588,11 +5588,12 @@ class TlsSocket:
     """A TLS socket that behaves like the others here: it blocks by BlockingIOError,
     and fills what it is given."""
 
-    __slots__ = ("ssl", "socket")
+    __slots__ = ("ssl", "socket", "on_more")
 
     def __init__(self, ssl, sock):
         self.ssl = ssl
         self.socket = sock
+        self.on_more = None  # called when more is decrypted than was asked for
 
     def fileno(self):
         """The descriptor, for the selector."""
@@ -5625,6 +5626,8 @@ class TlsSocket:
             if not part:
                 break
             got += part
+        if got == size and self.socket.pending():
+            self.on_more()
         return got
 
     def recv(self, size):
@@ -5711,14 +5714,17 @@ class Connection(Link):
             before, self.interest = self.interest, interest
             self.server.loop.change(self.socket, before, interest, self.on_events)
             if self.tls and interest & READ & ~before:
-                # What TLS has decrypted by now makes no socket readable.
-                self.server.loop.later(0.0, lambda: self.on_events(READ))
+                self.read_again()
+
+    def read_again(self):
+        """What TLS has decrypted by now makes no socket readable."""
+        self.server.loop.later(0.0, lambda: self.on_events(READ))
 
     def on_events(self, events):
         """The socket is ready."""
-        if events & WRITE:
+        if events & WRITE & self.interest:
             self.on_writable()
-        if events & READ and self.interest & READ:
+        if events & READ & self.interest:
             self.on_readable()
 
     def attach(self, reader, writer):
@@ -5755,7 +5761,7 @@ class Connection(Link):
         data = self.pending + data
         if data.startswith(HTTP_METHODS):
             self.become(State.HEAD, self.read_frames)
-        elif any(method.startswith(data) for method in HTTP_METHODS):
+        elif len(data) < 8 and any(method.startswith(data) for method in HTTP_METHODS):
             self.pending = data
             return
         elif self.may_be_command(data):
@@ -5775,9 +5781,8 @@ class Connection(Link):
             data = self.socket.recv(RECEIVE_BYTES, socket.MSG_PEEK)
         except OSError:
             return False
-        if self.trusted and data:
-            if self.on_proxy_bytes(data):
-                return True
+        if self.trusted and data and self.on_proxy_bytes(data):
+            return True
         kind = is_tls(data) if self.server.tls and data else False
         if kind:
             self.start_tls()
@@ -5803,9 +5808,9 @@ class Connection(Link):
             self.look_again()
         elif kind:
             self.socket.recv(found[1])
-            self.trusted = False  # who speaks from here on is somebody else
             if found[0] is not None:
                 self.move_to(found[0])
+                self.trusted = self.server.trusts(found[0].ip)
         return kind is not False
 
     def move_to(self, address):
@@ -5818,6 +5823,7 @@ class Connection(Link):
         """Shake hands, then begin again with what is inside."""
         self.watch(0)
         self.socket = self.server.tls.wrap(self.socket)
+        self.socket.on_more = self.read_again
         self.tls = True
         self.become(State.SHAKING, self.shake_hands)
         self.on_writable = self.shake_hands
@@ -6343,17 +6349,18 @@ class Translation(Pipe):
             self.server.refuse(refused.refusal, (
                 f"session {self.session.number}: {self.source.address}: "
                 f"{refused.detail}"))
-            self.reverse.insert(close_frame(WEBSOCKET_CODES.get(refused.refusal, 1008)))
-            self.reverse.said_goodbye = True
-            self.server.end_session(self.session, "refused")
+            reverse = self.reverse
+            reverse.said_goodbye = True
+            reverse.insert(close_frame(WEBSOCKET_CODES.get(refused.refusal, 1008)))
+            self.server.end_session(reverse.session, "refused")
             return
         if data:
             self.write(data)
         if translator.answer and self.source is not None:
             answer, translator.answer = translator.answer, b""
+            self.reverse.said_goodbye = translator.closed
             self.reverse.insert(answer)
         if translator.closed and self.source is not None:
-            self.reverse.said_goodbye = True
             self.on_end("finished")
 
     def insert(self, frame):
@@ -6502,7 +6509,7 @@ class Server:
         self.pseudo_addresses = set()  # of clients behind a reverse proxy
         self.current_exchange_key = None
         self.tls = self.load_certificate()
-        self.started = self.loop.now
+        self.ticks = 0
         if role != "hbbr":
             self.create_rendezvous()
         if role != "hbbs":
@@ -6786,7 +6793,7 @@ class Server:
             link.agree(message)
             self.attempts.count("secured")
             return
-        handler = self.accepts[link.listener].get(type(message))
+        handler = self.accepts.get(link.listener, {}).get(type(message))
         if self.log.debugging:
             self.log.debug(f"< {link.address} {type(message).__name__}")
         if handler is None:
@@ -6805,7 +6812,8 @@ class Server:
             refusal = Refusal.STRANGE if message is None else Refusal.NOT_ACCEPTED_HERE
             self.refuse(refusal, f"{type(message).__name__} from {link.address}")
             link.strange += 1
-        if link.listener is Listener.NAT_TEST or link.strange >= MAX_STRANGE_MESSAGES:
+        if (link.strange >= MAX_STRANGE_MESSAGES
+                or link.listener in (Listener.NAT_TEST, Listener.API)):
             link.end()
 
     def on_command(self, link, words):
@@ -6972,7 +6980,8 @@ class Server:
                 self.perform(role.tick(now))
         if self.store is not None:
             self.tend_store()
-        if int(now - self.started) % 60 == 0:
+        self.ticks += 1
+        if self.ticks % 60 == 0:
             self.report_kept_back()
 
     def on_silence(self, link):
