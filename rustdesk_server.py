@@ -49,7 +49,7 @@ The sections, each using only those above it (its last banner line says which):
      4 Messages             11 Attempts             18 Server
      5 Frames and addresses 12 Actions              21 Command line
      6 WebSocket and HTTP   13 Rendezvous
-     7 Keys                 14 Relay
+     7 Keys                 14 Relay                19 Maintenance
 
 Sections 3 to 15 do no input or output but reading and writing their own files (7, 8,
 10): no sockets, no clock, no randomness.  `grep -n '^# ==' rustdesk_server.py` prints
@@ -80,9 +80,10 @@ import threading
 import time
 
 try:
+    import fcntl
     import resource
 except ImportError:  # Windows
-    resource = None
+    fcntl = resource = None
 try:
     import nacl.bindings as nacl_bindings
 except ImportError:  # the built-in Ed25519 of section 7 does its work
@@ -217,6 +218,9 @@ KEEPALIVE_IDLE_SECONDS, KEEPALIVE_INTERVAL_SECONDS, KEEPALIVE_PROBES = 60, 15, 6
 
 #: So many ids at one private address are not one device but a NAT in front of us.
 GATEWAY_PEERS = 5
+
+#: When a peer was seen last is stored to the hour, for so many peers a second.
+SEEN_SECONDS, SEEN_SLICE = 3600, 200
 
 #: How often the certificate's files are looked at for a new one.
 CERTIFICATE_CHECK_SECONDS = 30.0
@@ -2948,8 +2952,9 @@ def find_orphaned_store(directory):
 def load_key_files(directory, random_bytes):
     """Load the key pair of `directory`, or make one for a new server.
 
-    Returns (secret, warnings).  KeyTrouble when it cannot be used, or when peers
-    are known here but the key that they trust is gone.
+    Returns (secret, warnings); without `random_bytes` nothing is made, and secret may
+    be None.  KeyTrouble when it cannot be used, or when peers are known here but the
+    key that they trust is gone.
     """
     secret = read_key_file(directory)
     if secret is None:
@@ -2960,9 +2965,30 @@ def load_key_files(directory, random_bytes):
                 f"by that key.  Put {KEY_FILE} back from your backup.  If it is lost "
                 f"for good, move {orphan} away: a new key is made, and every client "
                 "needs it")
+        if random_bytes is None:
+            return None, ["there is no key yet: the first start makes one"]
         secret = create_key_files(directory, random_bytes)
     warnings = [check_public_file(directory, secret), readable_by_others(directory)]
     return secret, [warning for warning in warnings if warning]
+
+
+def plant_key(directory, private, public):
+    """Write a key that came as a setting into files that don't exist yet.
+
+    KeyTrouble if it is none.  Another key that is there already stays.
+    """
+    if not private or os.path.exists(os.path.join(directory, KEY_FILE)):
+        return
+    try:
+        secret = decode_base64(private.strip(), 64)
+        check_secret(secret)
+        if public and decode_base64(public.strip(), 32) != secret[32:]:
+            raise ValueError("KEY_PUB does not belong to it")
+        write_new_file(os.path.join(directory, KEY_FILE), encode_base64(secret), 0o600)
+    except ValueError as error:
+        raise KeyTrouble(f"KEY_PRIV is no usable key: {error}") from None
+    except OSError as error:
+        raise KeyTrouble(f"cannot write the key of KEY_PRIV: {error}") from None
 
 
 def load_server_key(setting, is_relay, directory, random_bytes):
@@ -2976,7 +3002,8 @@ def load_server_key(setting, is_relay, directory, random_bytes):
         return ServerKey(None, ""), []
     if setting in ("", "-", "_"):
         secret, warnings = load_key_files(directory, random_bytes)
-        return ServerKey(secret, setting and encode_base64(secret[32:])), warnings
+        required = setting and secret and encode_base64(secret[32:])
+        return ServerKey(secret, required), warnings
     key = key_from_setting(setting)
     if key.secret is None and not is_relay:
         return key, ["the key given by -k or KEY is a plain text: clients must present "
@@ -3138,6 +3165,13 @@ def parse_api_port(text):
     return -1 if text.lower() == "off" else parse_port(text)
 
 
+def parse_format(text):
+    """How lines of the log look."""
+    if text.lower() not in ("text", "json"):
+        raise ValueError("it must be text or json")
+    return text.lower()
+
+
 def parse_level(text):
     """A level of the log, also out of a RUST_LOG such as `info,hbbs=debug`."""
     level = text.partition(",")[0].rpartition("=")[2].lower()
@@ -3205,6 +3239,19 @@ setting("downgrade-start-check", "", parse_count, 1800, "SECONDS",
 setting("idle-limit", "", parse_count, 7200, "SECONDS",
         "A relayed session that carries nothing for this long is ended (clients keep "
         "idle tunnels for an hour).")
+setting("drain", "", parse_count, 5, "SECONDS",
+        "How long relayed sessions may go on after SIGTERM.")
+setting("log-format", "", parse_format, "text", "FORMAT",
+        "`text`, or `json` for one object a line.")
+setting("log-file", "", parse_text, "", "FILE",
+        "A file for the log instead of standard output; from 10 MiB on it is renamed "
+        "to FILE.1 and begun anew.")
+setting("encrypted-only", "", parse_yes, False, "1",
+        "1: as `--key _`; the official container images know this variable.")
+setting("key-priv", "", parse_text, "", "KEY",
+        "The content of `id_ed25519`, written when there is no such file; as above.")
+setting("key-pub", "", parse_text, "", "KEY",
+        "The content of `id_ed25519.pub` that goes with it; as above.")
 setting("log-level", "", parse_level, "info", "LEVEL",
         "`debug`, `info`, `warn` or `error`. RUST_LOG is understood as well.")
 setting("rendezvous-servers", "R", parse_text, "", "HOSTS", "",
@@ -3221,7 +3268,7 @@ setting("max-database-connections", "", parse_text, "", "NUMBER", "",
         deprecated=f"peers are kept in {STORE_FILE}")
 
 #: Other names that the official programs or their users know.
-ALIASES = {"rust_log": "log_level"}
+ALIASES = {"rust_log": "log_level", "relay": "relay_servers"}
 
 
 def option_rows():
@@ -3329,9 +3376,19 @@ def load_config(role, flags, environment, directory):
     for name, text in flags.items():
         if isinstance(text, list):
             text = ",".join(text)  # of a flag that may be given several times
-        if name != "config" and text is not None:
-            config.apply(name, text, f"flag --{name}", strict=True)
+        if canonical_name(name) in SETTINGS and text is not None:
+            flag = f"flag --{name.replace('_', '-')}"
+            config.apply(name, text, flag, strict=True)
+    if config.encrypted_only and config.key is None:
+        config.key = "_"
     return config
+
+
+#: What takes effect at once when the configuration is read again.
+CHANGEABLE = frozenset((
+    "relay_servers", "always_use_relay", "mask", "local_ip", "single_bandwidth",
+    "total_bandwidth", "limit_speed", "downgrade_threshold", "downgrade_start_check",
+    "idle_limit", "trusted_proxy", "drain", "log_level"))
 
 
 # == 9. Limits =================================================================
@@ -3475,52 +3532,58 @@ class RegistrationLimits:
 # when more of the file is out of date than in force, it is written anew, in
 # slices, and replaced in one step.
 #
-# Uses: Constants, Refusals, Frames and addresses.
+# Uses: Constants, Refusals, Frames and addresses, Keys.
 
 
 class Peer:
     """A RustDesk installation: its id, the device that owns it, and its key.
 
-    `ip` is where it last proved its key from; `created` is the time of its first
-    registration in seconds since 1970.  `signed` keeps the signed identity, which
-    is the same for every call.
+    `ip` is where it last proved its key from; `created` and `seen` are the times of
+    its first registration and, to the hour, of its last, in seconds since 1970.
+    `signed` keeps the signed identity, which is the same for every call.
     """
 
-    __slots__ = ("peer_id", "device_uuid", "public_key", "ip", "created", "signed")
+    __slots__ = ("peer_id", "device_uuid", "public_key", "ip", "created", "seen",
+                 "signed")
 
-    def __init__(self, peer_id, device_uuid, public_key, ip="", created=0):
+    def __init__(self, peer_id, device_uuid, public_key, ip="", created=0, seen=0):
         self.peer_id = peer_id
         self.device_uuid = device_uuid
         self.public_key = public_key
         self.ip = ip
         self.created = created
+        self.seen = seen
         self.signed = None
 
-    def __eq__(self, other):
-        return isinstance(other, Peer) and self.to_line() == other.to_line()
-
-    def __repr__(self):
-        return f"Peer({self.to_line()})"
+    def is_same(self, other):
+        """Whether another record says the same of device, key and address."""
+        return other is not None and (
+            self.peer_id, self.device_uuid, self.public_key, self.ip) == (
+            other.peer_id, other.device_uuid, other.public_key, other.ip)
 
     def to_line(self, replaces=None):
-        """This peer as a line of the store; `replaces` is the id that it had before."""
-        entry = {
-            "id": self.peer_id,
-            "uuid": base64.b64encode(self.device_uuid).decode("ascii"),
-            "pk": base64.b64encode(self.public_key).decode("ascii"),
-            "ip": self.ip,
-            "created": self.created,
-        }
+        """This peer as a line of the store; `replaces` is the id that it had before.
+
+        `check` is the CRC-32 of everything before it, in hexadecimal.
+        """
+        entry = {"id": self.peer_id, "uuid": encode_base64(self.device_uuid),
+                 "pk": encode_base64(self.public_key), "ip": self.ip,
+                 "created": self.created, "seen": self.seen}
         if replaces is not None:
             entry["replaces"] = replaces
-        return json.dumps(entry, ensure_ascii=False, separators=(",", ":")) + "\n"
+        text = json.dumps(entry, ensure_ascii=False, separators=(",", ":"))[:-1]
+        return f'{text},"check":"{binascii.crc32(text.encode()):08x}"}}\n'
 
 
 def peer_from_line(line):
     """The `Peer` of a line of the store and the id that it had before, or None.
 
-    ValueError if the line is none of ours.
+    ValueError if the line is none of ours, or was damaged; a line without `check` may
+    have been written by hand.
     """
+    text, mark, check = line.rpartition(b',"check":"')
+    if mark and check.strip() != b'%08x"}' % binascii.crc32(text):
+        raise ValueError("damaged: its check sum is wrong")
     entry = json.loads(line.decode("utf-8"))
     if not isinstance(entry, dict):
         raise ValueError("not an object")
@@ -3530,11 +3593,13 @@ def peer_from_line(line):
         device_uuid = base64.b64decode(entry["uuid"], validate=True)
         public_key = base64.b64decode(entry["pk"], validate=True)
         ip, created = str(entry.get("ip", "")), int(entry.get("created", 0))
+        seen = int(entry.get("seen", 0))
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"lacks {error}") from None
     if not peer_id or not device_uuid or len(public_key) != PUBLIC_KEY_BYTES:
         raise ValueError("an id, device uuid or key of the wrong size")
-    return Peer(peer_id, device_uuid, public_key, ip, created), entry.get("replaces")
+    peer = Peer(peer_id, device_uuid, public_key, ip, created, seen)
+    return peer, entry.get("replaces")
 
 
 class PeerStore:
@@ -3554,7 +3619,7 @@ class PeerStore:
         self.peers = {}
         self.descriptor = None
         self.file_bytes = self.file_lines = 0
-        self.bad_lines = []  # (line number, why) of lines that were passed over
+        self.bad_lines = []  # (line number, why, bytes) of lines passed over
         self.torn = b""  # an unfinished last line
         self.unsynced = False
         self.compaction = None
@@ -3578,7 +3643,7 @@ class PeerStore:
         try:
             self.enter(*peer_from_line(line))
         except (ValueError, OverflowError, RecursionError) as error:
-            self.bad_lines.append((number, str(error)))
+            self.bad_lines.append((number, str(error), line))
 
     def enter(self, peer, replaces):
         """A record is in the file: let it be in force."""
@@ -3591,6 +3656,9 @@ class PeerStore:
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
         self.descriptor = os.open(self.path, flags, 0o600)
         os.ftruncate(self.descriptor, self.file_bytes)
+        if self.bad_lines:
+            with open(self.path + ".bad", "ab") as file:
+                file.writelines(line for _, _, line in self.bad_lines)
 
     def append(self, records):
         """Write (peer, replaces) pairs with one call, then let them be in force."""
@@ -3624,8 +3692,9 @@ class PeerStore:
 
     def needs_compaction(self):
         """Whether more of the file is out of date than in force."""
-        return (self.compaction is None and self.file_bytes > self.COMPACT_FROM_BYTES
-                and self.file_lines > 2 * len(self.peers))
+        worth_it = (self.file_bytes > self.COMPACT_FROM_BYTES
+                    and self.file_lines > 2 * len(self.peers))
+        return self.compaction is None and (worth_it or bool(self.bad_lines))
 
     def close(self):
         """Close the file."""
@@ -3686,6 +3755,7 @@ class Compaction:
         old, self.store.descriptor = self.store.descriptor, self.descriptor
         self.store.file_bytes, self.store.file_lines = self.bytes, self.lines
         self.store.compaction = None
+        self.store.bad_lines = []
         self.store.unsynced = True  # what came since the new file was synced
         return old
 
@@ -3700,6 +3770,42 @@ class Compaction:
                 os.unlink(self.path)
             except OSError:
                 pass  # it is written over by the next compaction
+
+
+class DirectoryInUse(Exception):
+    """Another server runs in the state directory; the text says which."""
+
+
+def lock_directory(directory, role):
+    """Keep a second server of a role out of a state directory.
+
+    Returns the open lock files, which hold while they are open.  An ID server and a
+    relay go side by side.  Raises DirectoryInUse.
+    """
+    names = ("hbbs", "hbbr") if role == "both" else (role,)
+    return [lock_role(directory, name) for name in names]
+
+
+def lock_role(directory, name):
+    """The open lock file of one role, or None where nothing can be written."""
+    try:
+        file = open(os.path.join(directory, f".{name}.lock"), "a+", encoding="ascii")
+    except OSError:
+        return None
+    try:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.seek(0)
+        holder = file.read(20).strip()
+        file.close()
+        raise DirectoryInUse(
+            f"another {name} runs in {os.path.abspath(directory)}: pid {holder}; stop "
+            "it first, or use another directory") from None
+    file.truncate(0)
+    file.write(f"{os.getpid()}\n")
+    file.flush()
+    return file
 
 
 def sync_directory(path):
@@ -4136,8 +4242,8 @@ class Rendezvous:
         """Store what is new in a claim, then register its route."""
         known = self.store.peers.get(request.id)
         peer = Peer(request.id, request.uuid, request.pk, origin.address.ip,
-                    known.created if known else 0)
-        if known == peer:
+                    known.created if known else 0, known.seen if known else 0)
+        if peer.is_same(known):
             yield from self.register(known, origin, now)
             return
         self.unwritten[request.id] = peer
@@ -4262,7 +4368,8 @@ class Rendezvous:
             yield reply(origin, RegisterPkResponse(result=result))
             return
         old = self.store.peers[request.old_id]
-        peer = Peer(request.id, old.device_uuid, old.public_key, old.ip, old.created)
+        peer = Peer(request.id, old.device_uuid, old.public_key, old.ip, old.created,
+                    old.seen)
         self.unwritten[request.id] = peer
 
         def written(later):
@@ -5136,16 +5243,24 @@ READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 
 
 class Log:
-    """Lines for the operator on standard output, written once per loop turn."""
+    """Lines for the operator, written once per loop turn."""
 
     LEVELS = ("debug", "info", "warn", "error")
+    #: A log file is renamed and begun anew at this size.
+    FILE_BYTES = 10 * 1024 * 1024
 
-    def __init__(self, level="info", stream=None):
-        self.threshold = self.LEVELS.index(level)
-        self.debugging = self.threshold == 0
-        self.stream = stream or sys.stdout
+    def __init__(self, level="info", style="text", path=""):
+        self.set_level(level)
+        self.as_json = style == "json"
+        self.path = path
+        self.descriptor = self.open_file() if path else 1
         self.lines = []
         self.second, self.stamp = 0, ""
+
+    def set_level(self, level):
+        """Write no lines below this level."""
+        self.threshold = self.LEVELS.index(level)
+        self.debugging = self.threshold == 0
 
     def write(self, level, text):
         """Add a line; control characters are escaped, so that a line stays one line."""
@@ -5155,6 +5270,10 @@ class Log:
         if second != self.second:
             self.second = second
             self.stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second))
+        if self.as_json:
+            entry = {"time": second, "level": level, "text": text}
+            self.lines.append(json.dumps(entry) + "\n")
+            return
         if not text.isprintable():
             text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
         self.lines.append(f"{self.stamp} {level.upper():5} {text}\n")
@@ -5176,17 +5295,28 @@ class Log:
         self.write("error", text)
 
     def flush(self):
-        """Write the lines out; a reader that has gone does not stop the server."""
+        """Write the lines out; a full disk or a reader that has gone stops nothing."""
         if self.lines:
-            lines, self.lines = self.lines, []
+            data = "".join(self.lines).encode("utf-8", "backslashreplace")
+            self.lines = []
             try:
-                self.stream.write("".join(lines))
-                self.stream.flush()
-            except (OSError, ValueError):
+                while data:
+                    data = data[os.write(self.descriptor, data):]
+                if self.path and os.fstat(self.descriptor).st_size > self.FILE_BYTES:
+                    self.rotate()
+            except OSError:
                 pass  # nobody reads; there is nowhere to say so
-            except UnicodeEncodeError:
-                self.stream.write("".join(lines).encode("ascii", "backslashreplace")
-                                  .decode("ascii"))
+
+    def open_file(self):
+        """Open the file of --log-file for appending."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+        return os.open(self.path, flags, 0o640)
+
+    def rotate(self):
+        """Keep the file under a second name and begin it anew."""
+        os.replace(self.path, self.path + ".1")
+        old, self.descriptor = self.descriptor, self.open_file()
+        os.close(old)
 
 
 class Timer:
@@ -5953,9 +6083,9 @@ class Connection(Link):
             return
         request, size = found
         if self.entrance.listener is Listener.API or not wants_websocket(request):
+            rest = self.pending[size:]
             self.become(State.BODY, self.read_body)
-            self.body = request.body_size
-            rest, self.pending = self.pending[size:], b""
+            self.body, self.pending = request.body_size, self.plain_answer(request)
             self.on_body_bytes(rest)
             return
         response, accepted = answer_handshake(request)
@@ -5981,16 +6111,19 @@ class Connection(Link):
     def on_body_bytes(self, data):
         """Answer a request that wants no WebSocket when its body is over."""
         self.body -= len(data)
-        if self.body > 0:
-            return
+        if self.body <= 0:
+            self.write(self.pending)
+            self.end()
+
+    def plain_answer(self, request):
+        """The response to a request that wants no WebSocket."""
+        if request.path == "/healthz":
+            return http_response("200 OK", self.server.health())
         if self.entrance.listener is Listener.API:
-            self.write(http_response("404 Not Found"))
-        else:
-            text = "this is a RustDesk server: WebSocket and RustDesk clients only"
-            upgrade = "Upgrade: websocket"
-            self.write(http_response("426 Upgrade Required", text, upgrade))
-            self.server.refuse(Refusal.BAD_HTTP, f"{self.address} wants no WebSocket")
-        self.end()
+            return http_response("404 Not Found")
+        self.server.refuse(Refusal.BAD_HTTP, f"{self.address} wants no WebSocket")
+        text = "this is a RustDesk server: WebSocket and RustDesk clients only"
+        return http_response("426 Upgrade Required", text, "Upgrade: websocket")
 
     def choose_role(self, path):
         """Let the path decide the role; whether there is that role here."""
@@ -6490,9 +6623,13 @@ class Server:
 
     def __init__(self, config, role, directory, log):
         self.config = config
+        self.role = role
         self.directory = directory
         self.log = log
         self.attempts = Attempts()
+        self.locks = lock_directory(directory, role)
+        self.supervisor = Supervisor(os.environ)
+        self.draining = False
         self.loop = Loop(self.on_turn, self.on_fault)
         self.helper = Helper(self.loop)
         self.listeners = []
@@ -6510,6 +6647,7 @@ class Server:
         self.current_exchange_key = None
         self.tls = self.load_certificate()
         self.ticks = 0
+        self.unsaved = []  # peer ids whose last-seen time is looked at next
         if role != "hbbr":
             self.create_rendezvous()
         if role != "hbbs":
@@ -6521,6 +6659,7 @@ class Server:
     def load_key(self, is_relay):
         """The key of a role, with its warnings logged."""
         text = self.config.key
+        plant_key(self.directory, self.config.key_priv, self.config.key_pub)
         if text is None:
             text = "" if is_relay else "-"
         if is_relay and text in ("-", "_"):
@@ -6588,8 +6727,9 @@ class Server:
         if store.torn:
             self.log.warn(f"{store.path}: the last line was not finished and is cut "
                           f"off: {store.torn[:80]!a}")
-        for number, why in store.bad_lines[:5]:
-            self.log.warn(f"{store.path} line {number} is passed over: {why}")
+        for number, why, _ in store.bad_lines[:5]:
+            self.log.warn(f"{store.path} line {number} is passed over and kept in "
+                          f"{store.path}.bad: {why}")
         if len(store.bad_lines) > 5:
             self.log.warn(f"{store.path}: {len(store.bad_lines)} bad lines in all")
         try:
@@ -6980,6 +7120,10 @@ class Server:
                 self.perform(role.tick(now))
         if self.store is not None:
             self.tend_store()
+            self.save_some_seen()
+        if self.draining and not self.relay.sessions:
+            self.loop.stop()
+        self.supervisor.beat(now, self.summary)
         self.ticks += 1
         if self.ticks % 60 == 0:
             self.report_kept_back()
@@ -7007,6 +7151,43 @@ class Server:
             self.reopen_store()
         elif store.needs_compaction():
             self.begin_compaction()
+
+    def save_some_seen(self):
+        """Second by second some of the peers: when they were seen last, to the hour.
+
+        A peer that stays costs the disk a line an hour, a peer that is gone nothing.
+        """
+        if not self.unsaved:
+            self.unsaved = list(self.rendezvous.registrations)
+        part, self.unsaved = self.unsaved[:SEEN_SLICE], self.unsaved[SEEN_SLICE:]
+        self.save_seen(part)
+
+    def save_seen(self, peer_ids):
+        """Store when peers were seen last, an hour or more after what is stored."""
+        wall, now, records = int(time.time()), self.loop.now, []
+        for peer_id in peer_ids:
+            peer = self.store.peers.get(peer_id)
+            registration = self.rendezvous.registrations.get(peer_id)
+            if peer is None or registration is None:
+                continue
+            seen = wall - int(now - registration.seen)
+            if abs(seen - peer.seen) >= SEEN_SECONDS:
+                peer.seen = seen
+                records.append((peer, None))
+        try:
+            if records:
+                self.store.append(records)
+        except OSError:
+            pass  # it is tried again; who waits for a record is told
+
+    def summary(self):
+        """What goes on, for the supervisor's status line."""
+        parts = []
+        if self.rendezvous is not None:
+            parts.append(f"{len(self.rendezvous.registrations)} peers registered")
+        if self.relay is not None:
+            parts.append(f"{len(self.relay.sessions)} sessions relayed")
+        return ", ".join(parts)
 
     def on_synced(self, result):
         """The disk has it, or cannot take it."""
@@ -7111,31 +7292,121 @@ class Server:
         gc.freeze()  # what is loaded by now is never looked through again
         self.loop.run()
 
-    def reload(self):
-        """SIGHUP: read again what can change while we run."""
-        if self.tls is not None:
-            self.reload_certificate()
+    def reload(self, load):
+        """SIGHUP: read again what can change while we run, all of it or nothing.
+
+        `load` gives the `Config` that a start would have now.
+        """
+        moment = time.monotonic_ns() // 1000
+        self.supervisor.notify("RELOADING=1", f"MONOTONIC_USEC={moment}")
+        try:
+            config = load()
+            lists = self.relay and [
+                self.read_addresses(name) for name in (SLOWED_FILE, REFUSED_FILE)]
+            if self.tls is not None:
+                self.tls.reload()
+        except (ConfigTrouble, StartTrouble, OSError, ValueError) as trouble:
+            self.log.error(f"nothing is changed: {trouble}")
+        else:
+            if lists:
+                self.relay.slowed, self.relay.refused = lists
+            self.take_config(config)
+        self.supervisor.notify("READY=1")
+
+    def take_config(self, config):
+        """Let new settings be in force where that can be, and say what changed."""
+        for warning in config.warnings:
+            self.log.warn(warning)
+        changed = [name for name in SETTINGS
+                   if getattr(config, name) != getattr(self.config, name)]
+        for name in changed:
+            if name in CHANGEABLE:
+                setattr(self.config, name, getattr(config, name))
+                self.log.info(f"changed: {name.replace('_', '-')}")
+            else:
+                self.log.warn(f"{name.replace('_', '-')} changes with the next start")
+        if "relay_servers" in changed and self.rendezvous is not None:
+            self.rendezvous.relays = RelayServers(config.relay_servers)
+        if "total_bandwidth" in changed and self.relay is not None:
+            self.relay.total = Bucket(config.total_bandwidth, self.loop.now)
+        self.log.set_level(self.config.log_level)
+        self.log.info(f"configuration read again, {len(changed)} settings changed")
+
+    def health(self):
+        """One line for who watches over us; no secrets, since anybody may ask."""
+        if self.store is not None and self.store.descriptor is None:
+            return "degraded: the store cannot be written"
+        return "draining" if self.draining else "ok"
 
     def stop(self, reason):
-        """End after this turn."""
-        self.log.info(f"stopping: {reason}")
-        self.loop.stop()
-        self.helper.wake()
+        """Take no more connections; end when the sessions have, or --drain is over."""
+        seconds = self.config.drain
+        sessions = len(self.relay.sessions) if self.relay is not None else 0
+        self.supervisor.notify("STOPPING=1")
+        if self.draining or not sessions or not seconds:
+            self.log.info(f"stopping: {reason}")
+            self.loop.stop()
+            return
+        self.draining = True
+        self.log.info(f"stopping: {reason}; {sessions} sessions may go on for "
+                      f"{seconds} s")
+        for listener in self.listeners:
+            listener.close()
+        self.listeners = []
+        self.loop.later(seconds, self.loop.stop)
 
     def close(self):
         """End every session and connection, and let the disk have everything."""
         for listener in self.listeners:
             listener.close()
         if self.relay is not None:
-            for session in list(self.relay.sessions.values()):
+            sessions = list(self.relay.sessions.values())
+            for session in sessions:
                 self.end_session(session, "server-stopped")
+            if sessions:
+                self.log.warn(f"{len(sessions)} sessions were cut")
         if self.store is not None:
+            self.save_seen(list(self.rendezvous.registrations))
             self.helper.run(self.store.sync, self.on_synced)
         self.helper.finish(10.0)
         if self.store is not None:
             self.store.close()
         self.log.info("stopped")
         self.log.flush()
+
+
+class Supervisor:
+    """systemd's side of us (sd_notify(3)), where there is one."""
+
+    #: How often the status line is renewed.
+    STATUS_SECONDS = 10.0
+
+    def __init__(self, environment):
+        self.path = environment.get("NOTIFY_SOCKET", "")
+        if self.path.startswith("@"):
+            self.path = "\0" + self.path[1:]
+        microseconds = environment.get("WATCHDOG_USEC", "")
+        # Twice within the time that the watchdog allows.
+        self.pause = int(microseconds) / 2e6 if microseconds.isdigit() else None
+        self.beaten = self.told = 0.0
+
+    def notify(self, *lines):
+        """Tell the supervisor something; without one nothing happens."""
+        if self.path:
+            try:
+                with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+                    sock.sendto("\n".join(lines).encode("utf-8"), self.path)
+            except OSError:
+                pass  # it will notice by itself
+
+    def beat(self, now, status):
+        """Once a second: the watchdog's sign of life, now and then the status."""
+        if self.pause is not None and now - self.beaten >= min(self.pause, 60.0) - 1.0:
+            self.beaten = now
+            self.notify("WATCHDOG=1")
+        if self.path and now - self.told >= self.STATUS_SECONDS:
+            self.told = now
+            self.notify(f"STATUS={status()}")
 
 
 def wait_for_key_file(directory):
@@ -7215,6 +7486,429 @@ def holds_inode(pid, inodes):
     return False
 
 
+# == 19. Maintenance ===========================================================
+#
+# What is done to a state directory while no server runs in it: looking, backing
+# up, restoring, moving in from the official server and out again.  Files are
+# replaced in one step or not at all; a key is never written over.
+#
+# Uses: Constants, Frames and addresses, Keys, Configuration, Peer store,
+# Connections.
+
+#: The first line of a backup, and the files that it holds when they are there.
+BACKUP_TITLE = "rustdesk_server backup 1"
+BACKUP_FILES = (KEY_FILE, PUBLIC_KEY_FILE, STORE_FILE, ".env", SLOWED_FILE,
+                REFUSED_FILE)
+COPY_BYTES = 1024 * 1024
+#: Rows taken over at a time.
+IMPORT_SLICE = 1000
+
+OFFICIAL_SCHEMA = """
+CREATE TABLE peer (
+    guid BLOB PRIMARY KEY NOT NULL,
+    id VARCHAR(100) NOT NULL,
+    uuid BLOB NOT NULL,
+    pk BLOB NOT NULL,
+    created_at DATETIME NOT NULL DEFAULT(current_timestamp),
+    user BLOB,
+    status TINYINT,
+    note VARCHAR(300),
+    info TEXT NOT NULL
+) WITHOUT ROWID;
+CREATE UNIQUE INDEX index_peer_id ON peer (id);
+CREATE INDEX index_peer_user ON peer (user);
+CREATE INDEX index_peer_created_at ON peer (created_at);
+CREATE INDEX index_peer_status ON peer (status);
+"""
+
+
+class MaintenanceTrouble(Exception):
+    """Something that was not done; the text says why and what to do."""
+
+
+def open_store(directory):
+    """The loaded store of a directory, open for writing."""
+    store = PeerStore(os.path.join(directory, STORE_FILE))
+    try:
+        store.load()
+        store.open()
+    except OSError as error:
+        text = f"cannot write {store.path}: {error.strerror}"
+        raise MaintenanceTrouble(text) from None
+    return store
+
+
+# -- the official server's data ------------------------------------------------
+
+
+def open_database(path, mode):
+    """A connection to a database of the official server."""
+    import sqlite3  # only here: small systems lack it
+
+    # In such an address these three characters have a meaning of their own.
+    name = path.replace("%", "%25").replace("?", "%3f").replace("#", "%23")
+    return sqlite3.connect(f"file:{name}?mode={mode}", uri=True)
+
+
+def import_database(path, store):
+    """Take the peers of the official database over; returns a sentence about it.
+
+    Peers that are known here stay as they are, so it may be done again.
+    ImportError without sqlite3; MaintenanceTrouble if it can't be read.
+    """
+    connection = open_database(path, "ro")
+    from sqlite3 import Error
+
+    counts, batch = collections.Counter(), []
+    try:
+        query = "SELECT id, uuid, pk, created_at, info FROM peer ORDER BY id"
+        for row in connection.execute(query):
+            peer, why = peer_from_row(row, store)
+            counts[why or "imported"] += 1
+            if peer is not None:
+                batch.append((peer, None))
+            if len(batch) >= IMPORT_SLICE:
+                store.append(batch)
+                batch = []
+        store.append(batch)
+        store.sync()
+    except (Error, OSError) as error:
+        raise MaintenanceTrouble(f"cannot take {path} over: {error}") from None
+    finally:
+        connection.close()
+    said = [f"{count} {word}" for word, count in sorted(counts.items())]
+    return ", ".join(said) or "it is empty"
+
+
+def peer_from_row(row, store):
+    """(peer, "") of a row of the official table, or (None, why not)."""
+    peer_id, device_uuid, public_key, created, info = row
+    if not isinstance(public_key, bytes) or len(public_key) != PUBLIC_KEY_BYTES:
+        return None, "skipped for a key that is not 32 bytes"
+    if not isinstance(device_uuid, bytes) or not device_uuid:
+        return None, "skipped for a missing device uuid"
+    if not isinstance(peer_id, str) or not 0 < len(peer_id.encode()) <= MAX_ID_BYTES:
+        return None, "skipped for an unusable id"
+    known = store.peers.get(peer_id)
+    if known is not None:
+        same = (known.device_uuid, known.public_key) == (device_uuid, public_key)
+        return None, "known already" if same else "skipped for another device here"
+    return Peer(peer_id, device_uuid, public_key, ip_of_info(info),
+                seconds_of_utc(created)), ""
+
+
+def ip_of_info(info):
+    """The IP address in the JSON of the official `info` column, or ""."""
+    try:
+        return parse_ip(json.loads(info)["ip"])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return ""
+
+
+def seconds_of_utc(text):
+    """Seconds since 1970 of "2026-01-31 23:59:59", or 0."""
+    match = re.match(r"(\d{4})-(\d\d)-(\d\d)[ T](\d\d):(\d\d):(\d\d)", str(text))
+    if match is None:
+        return 0
+    year, month, day, hour, minute, second = map(int, match.groups())
+    # Days of the Gregorian calendar, with March as the first month of a year.
+    year, month = (year, month - 3) if month > 2 else (year - 1, month + 9)
+    days = 365 * year + year // 4 - year // 100 + year // 400
+    days += (153 * month + 2) // 5 + day
+    return (days - 719469) * 86400 + hour * 3600 + minute * 60 + second
+
+
+def import_directory(source, directory):
+    """Take over key, peers and lists of an official server; sentences about it."""
+    said = [import_key(source, directory)]
+    for name in SLOWED_FILE, REFUSED_FILE:
+        said.append(copy_if_missing(os.path.join(source, name),
+                                    os.path.join(directory, name)))
+    database = os.path.join(source, OFFICIAL_STORE_FILE)
+    if os.path.exists(database):
+        said.append(import_peers(database, directory))
+    return [sentence for sentence in said if sentence]
+
+
+def import_peers(database, directory):
+    """Take over the peers of an official database; a sentence about it."""
+    store = open_store(directory)
+    try:
+        return f"{database}: {import_database(database, store)}"
+    except ImportError:
+        raise MaintenanceTrouble(
+            "Python's sqlite3 module is not installed here, so the official database "
+            "cannot be read (OpenWrt: opkg install python3-sqlite3)") from None
+    finally:
+        store.close()
+
+
+def import_key(source, directory):
+    """Take over a key pair unless there is one; a sentence about it."""
+    secret, ours = read_key_file(source), read_key_file(directory)
+    if secret is None or secret == ours:
+        return f"{source}: no key" if secret is None else "the key is here already"
+    if ours is not None:
+        raise MaintenanceTrouble(
+            f"{directory} has another key than {source}: clients trust one of them.  "
+            f"To take that one, move {KEY_FILE} and {PUBLIC_KEY_FILE} away first")
+    copy_if_missing(os.path.join(source, KEY_FILE), os.path.join(directory, KEY_FILE))
+    check_public_file(directory, secret)
+    return f"key {encode_base64(secret[32:])}"
+
+
+def copy_if_missing(source, target):
+    """Copy a small file whole unless its target exists; a sentence about it, or ""."""
+    if os.path.exists(source) and not os.path.exists(target):
+        with open(source, encoding="utf-8") as file:
+            mode = 0o600 if target.endswith(KEY_FILE) else 0o644
+            write_new_file(target, file.read(), mode)
+        return f"{os.path.basename(source)} copied"
+    return ""
+
+
+def export_official(directory, target):
+    """Write key, peers and lists as the official server keeps them; sentences."""
+    database = os.path.join(target, OFFICIAL_STORE_FILE)
+    if os.path.exists(database):
+        raise MaintenanceTrouble(f"{database} exists and was left alone; name an empty "
+                                 "directory")
+    store = PeerStore(os.path.join(directory, STORE_FILE))
+    store.load()
+    os.makedirs(target, mode=0o700, exist_ok=True)
+    said = [copy_if_missing(os.path.join(directory, name), os.path.join(target, name))
+            for name in (KEY_FILE, PUBLIC_KEY_FILE, SLOWED_FILE, REFUSED_FILE)]
+    connection = open_database(database, "rwc")
+    connection.executescript(OFFICIAL_SCHEMA)
+    connection.executemany(
+        "INSERT INTO peer (guid, id, uuid, pk, created_at, info) VALUES "
+        "(?, ?, ?, ?, datetime(?, 'unixepoch'), ?)",
+        ((os.urandom(16), peer.peer_id, peer.device_uuid, peer.public_key, peer.created,
+          json.dumps({"ip": official_ip(peer.ip)}, separators=(",", ":")))
+         for peer in store.peers.values()))
+    connection.commit()
+    connection.close()
+    return [sentence for sentence in said if sentence] + [f"{len(store.peers)} peers"]
+
+
+def official_ip(ip):
+    """An address as the official server writes it: IPv4 in IPv6 dress."""
+    return f"::ffff:{ip}" if ip and ":" not in ip else ip
+
+
+# -- backup and restore --------------------------------------------------------
+
+
+def back_up(directory, path, with_key):
+    """Write key, store and configuration into one new file, mode 0600; what it holds.
+
+    A title, then for each file its name, its size and its content; at the end the
+    SHA-256 of all before.
+    """
+    left_out = () if with_key else (KEY_FILE, PUBLIC_KEY_FILE)
+    names = [name for name in BACKUP_FILES if name not in left_out
+             and os.path.exists(os.path.join(directory, name))]
+    digest, temporary = hashlib.sha256(), f"{path}.{os.urandom(4).hex()}.new"
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        with open(descriptor, "wb") as file:
+            put = Tee(file, digest)
+            put(f"{BACKUP_TITLE}\n".encode())
+            for name in names:
+                put_file(os.path.join(directory, name), name, put)
+            file.write(f"sha256 {digest.hexdigest()}\n".encode())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        os.unlink(temporary)
+        raise
+    return names
+
+
+def Tee(file, digest):
+    """A function that writes bytes to a file and to a digest."""
+    def put(data):
+        file.write(data)
+        digest.update(data)
+
+    return put
+
+
+def put_file(path, name, put):
+    """A file's part of a backup: as much as it holds now, though it may grow."""
+    with open(path, "rb") as source:
+        size = os.fstat(source.fileno()).st_size
+        put(f"file {name} {size}\n".encode())
+        while size:
+            data = source.read(min(size, COPY_BYTES))
+            size -= len(data)
+            put(data)
+        put(b"\n")
+
+
+def read_backup(path):
+    """{name: (offset, size)} of a backup's files; MaintenanceTrouble if damaged."""
+    files, digest = {}, hashlib.sha256()
+    with open(path, "rb") as file:
+        line = file.readline(1000)
+        if line.strip() != BACKUP_TITLE.encode():
+            raise MaintenanceTrouble(f"{path} is no backup of this program")
+        while line and not line.startswith(b"sha256 "):
+            digest.update(line)
+            words = line.split()
+            if len(words) == 3 and words[0] == b"file" and words[2].isdigit():
+                size = int(words[2])
+                files[words[1].decode("ascii", "replace")] = file.tell(), size
+                digest.update(file.read(size) + file.readline(1))
+            line = file.readline(1000)
+    if line.split()[1:] != [digest.hexdigest().encode()]:
+        raise MaintenanceTrouble(f"{path} is damaged: its check sum is wrong")
+    return files
+
+
+def restore(directory, path, replace_key):
+    """Bring the files of a backup back; what was there is kept as NAME.previous.
+
+    Returns the names.  Refuses to put another key in the place of ours.
+    """
+    files = read_backup(path)
+    check_restored_key(directory, path, files, replace_key)
+    done = []
+    for name in BACKUP_FILES:
+        if name in files:
+            bring_back(path, files[name], os.path.join(directory, name))
+            done.append(name)
+    sync_directory(os.path.join(directory, KEY_FILE))
+    return done
+
+
+def check_restored_key(directory, path, files, replace_key):
+    """MaintenanceTrouble if a backup holds another key than the directory."""
+    ours = read_key_file(directory)
+    if ours is None or KEY_FILE not in files or replace_key:
+        return
+    with open(path, "rb") as file:
+        file.seek(files[KEY_FILE][0])
+        theirs = file.read(files[KEY_FILE][1]).strip()
+    if theirs != encode_base64(ours).encode():
+        raise MaintenanceTrouble(
+            f"{path} holds another key than {directory}; nothing was restored.  With "
+            "--replace-key it takes its place, and ours is kept as "
+            f"{KEY_FILE}.previous; clients then need the restored key")
+
+
+def bring_back(path, place, target):
+    """Write one file of a backup beside its place, then put it there in one step."""
+    temporary = f"{target}.{os.urandom(4).hex()}.new"
+    mode = 0o644 if target.endswith((".pub", ".txt")) else 0o600
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    offset, size = place
+    with open(path, "rb") as source, open(descriptor, "wb") as file:
+        source.seek(offset)
+        while size:
+            data = source.read(min(size, COPY_BYTES))
+            size -= len(data)
+            file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    if os.path.exists(target):
+        keep_previous(target)
+    os.replace(temporary, target)
+
+
+def keep_previous(path):
+    """A second name for a file that is about to be replaced."""
+    previous = path + ".previous"
+    if os.path.exists(previous):
+        os.unlink(previous)
+    try:
+        os.link(path, previous)
+    except OSError:  # no hard links here
+        os.replace(path, previous)
+
+
+# -- looking -------------------------------------------------------------------
+
+
+def describe(config, role, directory):
+    """What a start would do, as {topic: sentence}, and what is wrong with it.
+
+    Nothing is made or written.
+    """
+    facts, faults = {}, []
+    for is_relay, name in (False, "hbbs"), (True, "hbbr"):
+        if role in (name, "both"):
+            try:
+                facts[f"{name} key"] = describe_key(config, is_relay, directory)
+            except KeyTrouble as trouble:
+                faults.append(str(trouble))
+    if role != "hbbr":
+        facts["peers"] = describe_store(directory)
+    if config.tls_cert:
+        try:
+            Tls(config.tls_cert, config.tls_key)
+            facts["certificate"] = config.tls_cert
+        except (ImportError, OSError, ValueError) as error:
+            faults.append(f"the certificate {config.tls_cert} cannot be used: {error}")
+    port = config.port if config.port is not None else (
+        RELAY_PORT if role == "hbbr" else RENDEZVOUS_PORT)
+    facts["port"] = f"{port} and those around it, on {config.bind or 'all addresses'}"
+    return facts, faults
+
+
+def describe_key(config, is_relay, directory):
+    """The key of a role, and what it asks of clients."""
+    setting = config.key if config.key is not None else "" if is_relay else "-"
+    key, warnings = load_server_key(setting, is_relay, directory, None)
+    if key.secret is None and warnings:
+        return warnings[0]
+    asked = "clients must present it" if key.required else "clients need not present it"
+    if key.secret is None:
+        asked = "a text must be presented" if key.required else "none is asked for"
+    return "; ".join([key.public_text or "no key", asked, *warnings])
+
+
+def describe_store(directory):
+    """How many peers are known."""
+    store = PeerStore(os.path.join(directory, STORE_FILE))
+    try:
+        store.load()
+    except OSError as error:
+        return f"{store.path} cannot be read: {error.strerror}"
+    bad = f", {len(store.bad_lines)} bad lines" if store.bad_lines else ""
+    return f"{len(store.peers)} known{bad}{', torn last line' if store.torn else ''}"
+
+
+def list_settings(config):
+    """(name, value as text, where it came from) of every setting in use."""
+    rows = []
+    for attribute, row in SETTINGS.items():
+        if not row.deprecated:
+            value = getattr(config, attribute)
+            origin = config.origins.get(attribute, "default")
+            rows.append((row.name, show_value(attribute, value), origin))
+    return rows
+
+
+def show_value(attribute, value):
+    """A setting's value for an operator's eyes; never a secret key."""
+    if attribute == "key_priv" or attribute == "key" and value and len(value) > 60:
+        return "(secret)" if value else ""
+    if isinstance(value, tuple):
+        return ",".join(map(show_item, value))
+    return {None: "", True: "Y", False: "N"}.get(value, str(value))
+
+
+def show_item(item):
+    """One element of a list among the settings."""
+    if isinstance(item, RelayEntry):
+        return f"{item.network}={item.name}" if item.network else item.name
+    if isinstance(item, tuple):
+        return str(Address(item[0] or "0.0.0.0", item[1]))
+    return str(item)
+
+
 # == 21. Command line ==========================================================
 #
 # The subcommands, and the start and the end of a server.
@@ -7255,6 +7949,12 @@ def build_parser(command):
         "subcommands (each has its own --help):\n"
         "  hbbs                  the ID server alone\n"
         "  hbbr                  the relay alone\n"
+        "  check                 say what would be started\n"
+        "  config                show every setting and where it came from\n"
+        "  backup FILE           write key, store and configuration into one file\n"
+        "  restore FILE          bring them back\n"
+        "  import SOURCE         take over an official server's data\n"
+        "  export-official DIR   write them as the official server keeps them\n"
         "  genkeypair            print a fresh key pair\n"
         "  validatekeypair PUBLIC SECRET\n"
         "                        say whether two keys belong together\n")
@@ -7271,23 +7971,39 @@ def run_role(command, arguments):
     """Run a server until it is told to stop; returns the exit status."""
     flags = vars(build_parser(command).parse_args(arguments))
     role = command or "both"
+
+    def load():
+        return load_config(role, flags, os.environ, ".")
+
     try:
-        config = load_config(role, flags, os.environ, ".")
-        log = Log(config.log_level)
+        config = load()
+        log = open_log(config)
         for warning in config.warnings:
             log.warn(warning)
         raise_descriptor_limit()
+        if role != "hbbr":
+            adopt_official(config, log)
         server = Server(config, role, ".", log)
         server.open_listeners()
-    except (ConfigTrouble, KeyTrouble, StartTrouble) as trouble:
+    except (ConfigTrouble, KeyTrouble, StartTrouble, DirectoryInUse) as trouble:
         raise SystemExit(f"rustdesk_server: {trouble}") from None
     introduce(server)
-    catch_signals(server)
+    catch_signals(server, load)
+    server.supervisor.notify("READY=1")
     try:
         server.run()
     finally:
         server.close()
     return 0
+
+
+def open_log(config):
+    """The log that the configuration asks for."""
+    try:
+        return Log(config.log_level, config.log_format, config.log_file)
+    except OSError as error:
+        raise StartTrouble(f"cannot write the log file {config.log_file}: "
+                           f"{error.strerror} (see --log-file)") from None
 
 
 def raise_descriptor_limit():
@@ -7318,14 +8034,17 @@ def introduce(server):
     log.flush()
 
 
-def catch_signals(server):
-    """Stop cleanly when asked to."""
+def catch_signals(server, load):
+    """Stop cleanly when asked to, and read the configuration again by `load`."""
+    def soon(action):
+        server.loop.later(0.0, action)
+        server.helper.wake()
+
     def stop(number, frame):
-        server.stop(signal.Signals(number).name)
+        soon(lambda: server.stop(signal.Signals(number).name))
 
     def reload(number, frame):
-        server.loop.later(0.0, server.reload)
-        server.helper.wake()
+        soon(lambda: server.reload(load))
 
     if hasattr(signal, "SIGHUP"):
         signal.signal(signal.SIGHUP, reload)
@@ -7364,9 +8083,131 @@ def validate_keypair(arguments):
     return 0
 
 
+def adopt_official(config, log):
+    """A start in the official server's data directory takes its peers over."""
+    has_key = os.path.exists(KEY_FILE) or config.key not in (None, "", "-", "_")
+    is_new = os.path.exists(OFFICIAL_STORE_FILE) and not os.path.exists(STORE_FILE)
+    if has_key and is_new:
+        try:
+            log.info(f"imported {import_peers(OFFICIAL_STORE_FILE, '.')}")
+        except MaintenanceTrouble as trouble:
+            log.warn(f"{OFFICIAL_STORE_FILE} is not imported: {trouble}")
+
+
+def parse_settings(command, description, arguments):
+    """The arguments of a subcommand that looks at the configuration of a role."""
+    parser = argparse.ArgumentParser(
+        prog=f"rustdesk_server.py {command}", description=description,
+        allow_abbrev=False)
+    parser.add_argument("role", nargs="?", choices=("both", "hbbs", "hbbr"),
+                        default="both", help="of which role (both)")
+    parser.add_argument("--json", action="store_true", help="for programs")
+    add_settings(parser)
+    flags = vars(parser.parse_args(arguments))
+    return flags.pop("role"), flags.pop("json"), flags
+
+
+def check(arguments):
+    """`check`: say what would be started; status 1 if it could not be."""
+    role, as_json, flags = parse_settings(
+        "check", "Read configuration, key and store, and say what would be started. "
+        "Nothing is opened or written.", arguments)
+    try:
+        config = load_config(role, flags, os.environ, ".")
+        facts, faults = describe(config, role, ".")
+        warnings = config.warnings
+    except ConfigTrouble as trouble:
+        facts, faults, warnings = {}, [str(trouble)], []
+    if as_json:
+        print(json.dumps({"facts": facts, "faults": faults, "warnings": warnings}))
+    else:
+        for topic, sentence in facts.items():
+            print(f"{topic:12} {sentence}")
+        for word, sentences in ("warning", warnings), ("FAULT", faults):
+            for sentence in sentences:
+                print(f"{word:12} {sentence}")
+    return 1 if faults else 0
+
+
+def show_config(arguments):
+    """`config`: every setting, its value, and where it came from."""
+    role, as_json, flags = parse_settings(
+        "config", "Show every setting, its value and where it came from.", arguments)
+    try:
+        rows = list_settings(load_config(role, flags, os.environ, "."))
+    except ConfigTrouble as trouble:
+        raise SystemExit(f"rustdesk_server: {trouble}") from None
+    if as_json:
+        print(json.dumps([dict(zip(("name", "value", "origin"), row)) for row in rows]))
+    else:
+        for name, value, origin in rows:
+            print(f"{name:22} {value:26} {origin}")
+    return 0
+
+
+def maintain(command, description, operands, options, action):
+    """A subcommand's function: parse its operands and flags, do it, say it."""
+    def run(arguments):
+        parser = argparse.ArgumentParser(
+            prog=f"rustdesk_server.py {command}", description=description)
+        for name, text in operands:
+            parser.add_argument(name, metavar=name.upper(), help=text)
+        for name, text in options:
+            parser.add_argument(name, action="store_true", help=text)
+        try:
+            for sentence in action(parser.parse_args(arguments)):
+                print(sentence)
+        except (MaintenanceTrouble, KeyTrouble, DirectoryInUse) as trouble:
+            raise SystemExit(f"rustdesk_server: {trouble}") from None
+        except OSError as error:
+            raise SystemExit(f"rustdesk_server: {error}") from None
+        return 0
+
+    return run
+
+
+def take_over(arguments):
+    """`import`: a directory or a database of the official server."""
+    if os.path.isdir(arguments.source):
+        return locked(import_directory, arguments.source, ".")
+    if not os.path.exists(arguments.source):
+        raise MaintenanceTrouble(f"there is no {arguments.source}")
+    return [locked(import_peers, arguments.source, ".")]
+
+
+def locked(action, *arguments):
+    """Do something to the working directory while no server runs in it."""
+    locks = lock_directory(".", "both")
+    try:
+        return action(*arguments)
+    finally:
+        for lock in filter(None, locks):
+            lock.close()
+
+
 COMMANDS = {
     "hbbs": lambda arguments: run_role("hbbs", arguments),
     "hbbr": lambda arguments: run_role("hbbr", arguments),
+    "check": check,
+    "config": show_config,
+    "backup": maintain(
+        "backup", "Write key, store and configuration of the working directory into "
+        "one file. A server may be running.",
+        [("file", "the file to write, mode 0600")],
+        [("--no-key", "leave the key out")],
+        lambda given: back_up(".", given.file, not given.no_key)),
+    "restore": maintain(
+        "restore", "Bring back what a backup holds; the server must be stopped.",
+        [("file", "the backup")],
+        [("--replace-key", "even if the backup holds another key")],
+        lambda given: locked(restore, ".", given.file, given.replace_key)),
+    "import": maintain(
+        "import", "Take over key, peers and lists of an official server.",
+        [("source", "its data directory, or its db_v2.sqlite3")], [], take_over),
+    "export-official": maintain(
+        "export-official", "Write key, peers and lists as the official server keeps "
+        "them.", [("directory", "where to")], [],
+        lambda given: export_official(".", given.directory)),
     "genkeypair": generate_keypair,
     "validatekeypair": validate_keypair,
 }
@@ -7375,6 +8216,8 @@ COMMANDS = {
 def main(arguments):
     """Run the subcommand named first, or both roles; returns the exit status."""
     if arguments and arguments[0] in COMMANDS:
+        if hasattr(signal, "SIGPIPE") and arguments[0] not in ROLES:
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # as in `config | head`
         return COMMANDS[arguments[0]](arguments[1:])
     return run_role(None, arguments)
 
