@@ -281,6 +281,7 @@ class Refusal(enum.Enum):
     OFFLINE = "offline"  # its registration is older than 30 s
     TOO_MANY_TARGETS = "too-many-targets"  # one connection asks for many ids
     NO_ANSWER = "no-answer"  # the target was called and did not answer
+    INITIATOR_LEFT = "initiator-left"  # before the target could answer
     # The relay.
     NO_SESSION_UUID = "no-session-uuid"  # a request without its uuid
     REFUSED_ADDRESS = "refused-address"  # named in blocklist.txt
@@ -1970,10 +1971,9 @@ def is_tls(data):
 
     A record of type 22 and version 3, and in it a handshake message of type 1.
     """
-    begins = b"\x16\x03".startswith(data[:2])
-    if len(data) < 6:
-        return None if begins else False
-    return begins and data[5] == 1
+    if not b"\x16\x03".startswith(data[:2]):
+        return False
+    return data[5] == 1 if len(data) >= 6 else None
 
 
 def is_proxy_header(data):
@@ -2693,9 +2693,12 @@ else:
 
 def decode_base64(text, size):
     """`size` bytes from standard base64 with padding, or ValueError."""
-    data = base64.b64decode(text.encode("ascii"), validate=True)
+    try:
+        data = base64.b64decode(text.encode("ascii"), validate=True)
+    except ValueError:
+        raise ValueError("it is not base64, or cut short") from None
     if len(data) != size:
-        raise ValueError(f"{len(data)} bytes instead of {size}")
+        raise ValueError(f"it is {len(data)} bytes long instead of {size}")
     return data
 
 
@@ -2840,7 +2843,7 @@ def read_key_file(directory):
     path = os.path.join(directory, KEY_FILE)
     try:
         with open(path, "rb") as file:
-            text = file.read(1024).decode("ascii").strip()
+            text = file.read(1024).decode("ascii", "replace").strip()
         secret = decode_base64(text, 64)
         check_secret(secret)
     except FileNotFoundError:
@@ -2932,6 +2935,16 @@ def check_public_file(directory, secret):
             f"need the key {public}")
 
 
+def put_public_file_aside(directory, secret):
+    """A new secret came into being beside the public half of a lost one."""
+    path = os.path.join(directory, PUBLIC_KEY_FILE)
+    if os.path.exists(path) and check_public_file(directory, secret):
+        try:
+            os.replace(path, path + ".previous")
+        except OSError:
+            pass  # `check_public_file` warns of it
+
+
 def readable_by_others(directory):
     """A warning when others on this machine can read the secret key, or ""."""
     path = os.path.join(directory, KEY_FILE)
@@ -2968,6 +2981,7 @@ def load_key_files(directory, random_bytes):
         if random_bytes is None:
             return None, ["there is no key yet: the first start makes one"]
         secret = create_key_files(directory, random_bytes)
+        put_public_file_aside(directory, secret)
     warnings = [check_public_file(directory, secret), readable_by_others(directory)]
     return secret, [warning for warning in warnings if warning]
 
@@ -3050,14 +3064,14 @@ def setting(name, short, parse, default, metavar, text, deprecated=""):
 def parse_port(text):
     """A port; 0 lets the system choose."""
     if not text.isascii() or not text.isdigit() or int(text) > 65535:
-        raise ValueError("a port is a number from 1 to 65535")
+        raise ValueError("a port is a number up to 65535 (0: any that is free)")
     return int(text)
 
 
 def parse_count(text):
-    """A whole number from 0."""
-    if not text.isascii() or not text.isdigit():
-        raise ValueError("it must be a whole number")
+    """A whole number from 0, as system calls take them."""
+    if not text.isascii() or not text.isdigit() or int(text) >= 1 << 31:
+        raise ValueError("it must be a whole number below 2147483648")
     return int(text)
 
 
@@ -3106,6 +3120,8 @@ def parse_host(text):
         raise ValueError(f"{text!r} is no host or host:port")
     if port is not None and not 0 < port < 65536:
         raise ValueError(f"{text!r} has no usable port")
+    if ":" in host:
+        parse_ip(host)
     return text
 
 
@@ -3316,8 +3332,10 @@ def read_config_file(path, required):
         if not required:
             return []
         raise ConfigTrouble(f"there is no file {path}, which -c names") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigTrouble(f"cannot read {path}: {error}") from None
+    except OSError as error:
+        raise ConfigTrouble(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigTrouble(f"cannot read {path}: it is no UTF-8 text") from None
 
 
 class Config:
@@ -3906,6 +3924,10 @@ class Link:
         self.is_websocket = is_websocket
         self.errand = None
 
+    def is_alive(self):
+        """Whether its other end has not hung up unnoticed."""
+        return True
+
 
 class Origin(collections.namedtuple(
         "Origin", "listener address link sockaddr datagram")):
@@ -4026,12 +4048,13 @@ class Awaited:
     """
 
     __slots__ = ("link", "peer_id", "token", "call", "relay_server", "udp_port",
-                 "calls", "answered")
+                 "since", "calls", "answered")
 
-    def __init__(self, link, peer_id, token):
+    def __init__(self, link, peer_id, token, since):
         self.link = link
         self.peer_id = peer_id
         self.token = token
+        self.since = since
         self.call = None
         self.relay_server = ""
         self.udp_port = 0  # of the initiator, when B may punch by UDP
@@ -4492,7 +4515,8 @@ class Rendezvous:
             # An IPv6 token is the address alone, so it can stand for one peer only.
             if len(waiting) >= (1 if link.address.is_ipv6 else AWAITED_PER_LINK):
                 return None
-            awaited = Awaited(link, peer_id, self.make_token(link.address))
+            token = self.make_token(link.address)
+            awaited = Awaited(link, peer_id, token, now)
             waiting[peer_id] = awaited
         evicted = self.awaited.put(awaited.token, awaited, now)
         if evicted is not None:
@@ -4778,7 +4802,7 @@ class Rendezvous:
         errand = self.errand(link)
         for awaited in list(errand.awaited.values()):
             self.forget_awaited(awaited)
-            yield from self.report_unanswered(awaited)
+            yield from self.report_unanswered(awaited, now)
         self.kept.discard(link)
         registration = self.registrations.get(errand.peer_id)
         if registration is not None and registration.link is link:
@@ -4790,19 +4814,24 @@ class Rendezvous:
         """Once a second: give up what was awaited too long."""
         for _, awaited in self.awaited.expire(now):
             self.forget_awaited(awaited)
-            yield from self.report_unanswered(awaited)
+            yield from self.report_unanswered(awaited, now)
         for link, _ in self.kept.expire(now):
             yield from self.beat(link, now)
         self.udp_ports.expire(now)
         self.called.expire(now)
 
-    def report_unanswered(self, awaited):
+    def report_unanswered(self, awaited, now):
         """The target was called and did not answer: what an operator needs to know."""
-        if not awaited.answered:
-            awaited.answered = True
+        if awaited.answered:
+            return
+        awaited.answered = True
+        peer_id, address = awaited.peer_id, awaited.link.address
+        if now - awaited.since < CALL_SECONDS:
+            yield Refuse(Refusal.INITIATOR_LEFT, f"{address}, which called {peer_id!a}")
+        else:
             yield Refuse(Refusal.NO_ANSWER, (
-                f"{awaited.peer_id!a} was called {awaited.calls} times for "
-                f"{awaited.link.address}; are its UDP and TCP paths to us open?"))
+                f"{peer_id!a} was called {awaited.calls} times for {address}; are its "
+                "UDP and TCP paths to us open?"))
 
     ACCEPTS = {
         Listener.UDP: {
@@ -4928,10 +4957,14 @@ class Relay:
             yield Close(link)
             return
         if not 0 < len(request.uuid.encode()) <= MAX_SESSION_UUID_BYTES:
-            yield Refuse(Refusal.NO_SESSION_UUID, f"relay link from {origin.address}")
+            text = f"relay link from {origin.address}: a uuid of {len(request.uuid)}"
+            yield Refuse(Refusal.NO_SESSION_UUID, text)
             yield Close(link)
             return
         partner = self.waiting.discard(request.uuid)
+        if partner is not None and not partner.is_alive():
+            yield Close(partner)  # it left in the very moment that this one came
+            partner = None
         link.errand = request
         if partner is not None:
             yield from self.pair(partner, link, request, now)
@@ -5865,6 +5898,15 @@ class Connection(Link):
         self.pending, self.framing = b"", None
         self.watch(READ)
 
+    def is_alive(self):
+        """Whether its other end has not hung up, as far as the kernel knows."""
+        try:
+            return self.tls or self.socket.recv(1, socket.MSG_PEEK) != b""
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+
     def take_early(self):
         """What came behind the first frame."""
         return self.framing.rest + self.pending
@@ -5889,6 +5931,11 @@ class Connection(Link):
             self.on_nothing(data)
             return
         data = self.pending + data
+        if is_tls(data):
+            self.server.refuse(Refusal.TLS_FAILED, (
+                f"{self.address} wants TLS, but --tls-cert names no certificate"))
+            self.close()
+            return
         if data.startswith(HTTP_METHODS):
             self.become(State.HEAD, self.read_frames)
         elif len(data) < 8 and any(method.startswith(data) for method in HTTP_METHODS):
@@ -6695,16 +6742,19 @@ class Server:
         except OSError:
             return  # being replaced just now
         if changed:
-            self.reload_certificate()
+            try:
+                self.reload_certificate()
+            except StartTrouble as trouble:
+                self.log.error(f"{trouble}; the old one stays in force")
 
     def reload_certificate(self):
-        """Read the certificate again; a bad one leaves the old one in force."""
+        """Read the certificate again; StartTrouble leaves the old one in force."""
         try:
             self.tls.reload()
-            self.log.info(f"certificate {self.tls.files[0]} read again")
         except (OSError, ValueError) as error:
-            self.log.error(f"certificate {self.tls.files[0]} cannot be used, the old "
-                           f"one stays: {error}")
+            raise StartTrouble(f"the certificate {self.tls.files[0]} or its key "
+                               f"{self.tls.files[1]} cannot be used: {error}") from None
+        self.log.info(f"certificate {self.tls.files[0]} read again")
 
     def create_rendezvous(self):
         """The ID server: its key, its store, its role."""
@@ -6949,8 +6999,11 @@ class Server:
         if link.errand is not None:
             self.rendezvous.on_empty_frame(link, self.loop.now)
         if payload:
-            refusal = Refusal.STRANGE if message is None else Refusal.NOT_ACCEPTED_HERE
-            self.refuse(refusal, f"{type(message).__name__} from {link.address}")
+            if message is None:
+                self.refuse(Refusal.STRANGE, f"a message from {link.address}")
+            else:
+                text = f"{type(message).__name__} from {link.address}"
+                self.refuse(Refusal.NOT_ACCEPTED_HERE, text)
             link.strange += 1
         if (link.strange >= MAX_STRANGE_MESSAGES
                 or link.listener in (Listener.NAT_TEST, Listener.API)):
@@ -7304,8 +7357,8 @@ class Server:
             lists = self.relay and [
                 self.read_addresses(name) for name in (SLOWED_FILE, REFUSED_FILE)]
             if self.tls is not None:
-                self.tls.reload()
-        except (ConfigTrouble, StartTrouble, OSError, ValueError) as trouble:
+                self.reload_certificate()
+        except (ConfigTrouble, StartTrouble) as trouble:
             self.log.error(f"nothing is changed: {trouble}")
         else:
             if lists:
@@ -8022,11 +8075,14 @@ def introduce(server):
     log = server.log
     if server.rendezvous is not None:
         port = server.datagrams.address.port
-        host = server.config.bind or own_address() or "this machine's address"
-        name = host if port == RENDEZVOUS_PORT else f"{host}:{port}"
+        name = "the public name or address of this machine"
+        host = server.config.bind or own_address()
+        if host:
+            address = host if port == RENDEZVOUS_PORT else Address(host, port)
+            name = f"{address} (or {name})"
         key = server.rendezvous.key
         log.info("in RustDesk: Settings, Network, ID/Relay server")
-        log.info(f"  ID server: {name} (or the public name or address of this machine)")
+        log.info(f"  ID server: {name}")
         if key.public_text:
             log.info(f"  Key:       {key.public_text}")
     log.info(f"ready, version {VERSION}, {'PyNaCl' if nacl_bindings else 'built-in'} "

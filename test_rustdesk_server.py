@@ -4925,6 +4925,15 @@ TCP_PORTS = ["rendezvous", "nat-test", "relay"]
 WEBSOCKET_PORTS = ["rendezvous-websocket", "relay-websocket"]
 
 
+def renew_at_last(peer):
+    """Renew as clients do: a datagram that a full buffer lost is sent again."""
+    for _ in range(5):
+        with contextlib.suppress(TimeoutError):
+            peer.tell("register_peer", id=peer.peer_id, serial=3)
+            return peer.receive("register_peer_response", 2.0).request_pk
+    raise AssertionError("the server answers no more")
+
+
 @pytest.fixture(scope="session")
 def lasting_victim():
     """A server that only this section torments, and a peer registered with it."""
@@ -4937,7 +4946,7 @@ def lasting_victim():
 def victim(lasting_victim):
     """Serves its registered peer before, and a new initiator after every torment."""
     yield from lend(lasting_victim)
-    lasting_victim.peer.renew()
+    renew_at_last(lasting_victim.peer)
     assert lasting_victim.peer.register() in (OK, TOO_FREQUENT)
     assert is_reached_at(lasting_victim, lasting_victim.peer)
 
@@ -5061,7 +5070,7 @@ def test_bad_datagrams_are_ignored(victim, seed):
         for number, data in enumerate(bad_datagrams(seed)):
             peer.socket.sendto(data[:65_000], victim.address("rendezvous"))
             if number % 50 == 0:
-                victim.peer.renew()
+                renew_at_last(victim.peer)
 
 
 @pytest.mark.parametrize("name", TCP_PORTS + WEBSOCKET_PORTS)
