@@ -199,7 +199,7 @@ MAX_DEVICE_UUID_BYTES = 256
 #: Exactly the Ed25519 key: a key of any other size could make a signed id look
 #: like another message that the same key signs.
 PUBLIC_KEY_BYTES = 32
-MAX_SESSION_UUID_BYTES = 128
+MAX_SESSION_UUID_BYTES = 512
 #: A host name (RFC 1035 2.3.4) with a port.
 MAX_HOST_BYTES = 262
 
@@ -1950,6 +1950,8 @@ class HttpRequest(collections.namedtuple("HttpRequest", "method path headers")):
     @property
     def body_size(self):
         """The size of the body that follows, as far as the head tells it."""
+        if self.mentions("expect", "100-continue"):
+            return 0  # it is sent only if we ask for it
         text = self.headers.get("content-length", "")
         return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else 0
 
@@ -2000,10 +2002,15 @@ def parse_proxy_header(data):
     if words[1] == "UNKNOWN":
         return None, end + 2
     try:
-        ip = str(ipaddress.ip_address(words[2]))
-        return Address(normalise_ip(ip), int(words[4])), end + 2
-    except (IndexError, ValueError):
+        _, family, client, ours, port, our_port = words
+        kind = {"TCP4": ipaddress.IPv4Address, "TCP6": ipaddress.IPv6Address}[family]
+        ip, _ = str(kind(client)), kind(ours)
+        ports = [p for p in (port, our_port) if p.isascii() and p.isdigit()]
+        if len(ports) != 2 or max(map(int, ports)) > 65535:
+            raise ValueError("a port")
+    except (KeyError, ValueError):
         raise Refused(Refusal.BAD_PROXY_HEADER, ascii(words)) from None
+    return Address(normalise_ip(ip), int(port)), end + 2
 
 
 def parse_proxy_v2(data):
@@ -2011,12 +2018,12 @@ def parse_proxy_v2(data):
     if len(data) < 16:
         return None
     size = 16 + int.from_bytes(data[14:16], "big")
-    if size > MAX_PROXY_V2_BYTES or data[12] >> 4 != 2:
+    if size > MAX_PROXY_V2_BYTES or data[12] not in (0x20, 0x21):
         raise Refused(Refusal.BAD_PROXY_HEADER, "version 2, of a size or kind unknown")
     if len(data) < size:
         return None
     width = {0x11: 4, 0x21: 16}.get(data[13])  # TCP over IPv4, over IPv6
-    if data[12] & 15 == 0 or width is None:
+    if data[12] == 0x20 or width is None:  # the proxy itself, or no address
         return None, size
     if size < 16 + 2 * width + 4:
         raise Refused(Refusal.BAD_PROXY_HEADER, "version 2, cut short")
@@ -2045,7 +2052,8 @@ def header_ip(request, is_trusted):
 def plain_ip(text):
     """The normalised IP of `a.b.c.d`, `a.b.c.d:port`, `v6` or `[v6]:port`, or None."""
     if text.startswith("["):
-        text = text[1:].partition("]")[0]
+        text, bracket, _ = text[1:].partition("]")
+        text = text if bracket else ""
     elif text.count(":") == 1:
         text = text.partition(":")[0]
     try:
@@ -3200,6 +3208,15 @@ def parse_level(text):
 #: Reverse proxies run on the server's own machine, unless the operator says else.
 TRUST_LOOPBACK = parse_networks("127.0.0.0/8,::1")
 
+
+def is_level(text):
+    """Whether a text names a level of the log."""
+    try:
+        return bool(parse_level(text))
+    except ValueError:
+        return False
+
+
 setting("port", "p", parse_port, None, "PORT",
         "The ID server's port (21116), UDP and TCP; one below is used for the NAT "
         "test, two above for WebSocket. With `hbbr`: the relay's port (21117), two "
@@ -3380,6 +3397,8 @@ def load_config(role, flags, environment, directory):
     """
     config = Config()
     for name, text in environment.items():
+        if name == "RUST_LOG" and not is_level(text):
+            continue  # other programs understand more than we do
         if name == name.upper():
             config.apply(name, text, f"environment variable {name}", strict=False)
     for entry in read_config_file(os.path.join(directory, ".env"), required=False):
@@ -3602,7 +3621,10 @@ def peer_from_line(line):
     text, mark, check = line.rpartition(b',"check":"')
     if mark and check.strip() != b'%08x"}' % binascii.crc32(text):
         raise ValueError("damaged: its check sum is wrong")
-    entry = json.loads(line.decode("utf-8"))
+    try:
+        entry = json.loads(line.decode("utf-8"))
+    except ValueError:
+        raise ValueError("not a line of JSON") from None
     if not isinstance(entry, dict):
         raise ValueError("not an object")
     try:
@@ -3612,8 +3634,8 @@ def peer_from_line(line):
         public_key = base64.b64decode(entry["pk"], validate=True)
         ip, created = str(entry.get("ip", "")), int(entry.get("created", 0))
         seen = int(entry.get("seen", 0))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"lacks {error}") from None
+    except (KeyError, TypeError, AttributeError):
+        raise ValueError("an entry is missing, or of a wrong kind") from None
     if not peer_id or not device_uuid or len(public_key) != PUBLIC_KEY_BYTES:
         raise ValueError("an id, device uuid or key of the wrong size")
     peer = Peer(peer_id, device_uuid, public_key, ip, created, seen)
@@ -3639,6 +3661,7 @@ class PeerStore:
         self.file_bytes = self.file_lines = 0
         self.bad_lines = []  # (line number, why, bytes) of lines passed over
         self.torn = b""  # an unfinished last line
+        self.unended = False  # the last line is whole but for its end
         self.unsynced = False
         self.compaction = None
 
@@ -3653,15 +3676,18 @@ class PeerStore:
 
     def load_line(self, number, line):
         """Take one line in."""
-        if not line.endswith(b"\n"):
-            self.torn = line
-            return
-        self.file_bytes += len(line)
-        self.file_lines += 1
+        if number == 1 and line.startswith(b"\xef\xbb\xbf"):
+            self.file_bytes, line = 3, line[3:]  # some editors begin a file so
         try:
             self.enter(*peer_from_line(line))
         except (ValueError, OverflowError, RecursionError) as error:
+            if not line.endswith(b"\n"):
+                self.torn = line
+                return
             self.bad_lines.append((number, str(error), line))
+        self.unended = not line.endswith(b"\n")
+        self.file_bytes += len(line)
+        self.file_lines += 1
 
     def enter(self, peer, replaces):
         """A record is in the file: let it be in force."""
@@ -3674,6 +3700,8 @@ class PeerStore:
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
         self.descriptor = os.open(self.path, flags, 0o600)
         os.ftruncate(self.descriptor, self.file_bytes)
+        if self.unended:
+            self.write(b"\n")
         if self.bad_lines:
             with open(self.path + ".bad", "ab") as file:
                 file.writelines(line for _, _, line in self.bad_lines)
@@ -4096,20 +4124,20 @@ class RelayServers:
         self.turn = 0
 
     def candidates(self, ip):
-        """The healthy relays for an initiator at `ip` (None: anywhere).
+        """The relays for an initiator at `ip` (None: anywhere): the healthy ones, or
+        all that are meant for it when none is.
 
         Who comes from the internet gets no relay that only a local network reaches,
         if there is another.
         """
         address = ip and ipaddress.ip_address(ip.partition("%")[0])
-        healthy = [entry for entry in self.entries if entry.name in self.healthy]
-        fitting = [entry.network for entry in healthy
+        fitting = [entry.network for entry in self.entries
                    if entry.network and address and address in entry.network]
         best = max(fitting, key=lambda network: network.prefixlen, default=None)
-        names = [entry.name for entry in healthy if entry.network == best]
+        names = [entry.name for entry in self.entries if entry.network == best]
         if ip and not is_private(ip):
             names = [name for name in names if not is_private_host(name)] or names
-        return names
+        return [name for name in names if name in self.healthy] or names
 
     def next_choice(self, ip=None):
         """The relay whose turn it is, or "" when there is none."""
@@ -4151,9 +4179,9 @@ class Rendezvous:
         self.registrations = {}  # peer_id -> Registration
         self.renewals = {}  # a client's RegisterPeer datagram -> Registration
         self.unwritten = {}  # peer_id -> Peer on its way to the disk
-        self.moving = set()  # ids whose old route has been asked
+        self.moving = {}  # peer_id whose old route is asked -> whether it answered
         self.awaited = ExpiringTable(AWAITED_TTL_SECONDS)  # token -> Awaited
-        self.intranet = {}  # (address of A, peer_id) -> Awaited
+        self.intranet = {}  # address of A -> its link, while it awaits a LocalAddr
         self.called = ExpiringTable(CALL_SECONDS)  # ip of a target -> True
         self.kept = ExpiringTable(HEARTBEAT_SECONDS)  # links that have registered
         self.udp_ports = ExpiringTable(UDP_PORT_TTL_SECONDS)  # Address -> True
@@ -4246,13 +4274,12 @@ class Rendezvous:
         """A phone appears elsewhere: its uuid is no secret, so ask where it was."""
         if request.id in self.moving:
             return
-        self.moving.add(request.id)
+        self.moving[request.id] = False
         yield old.send(UNREGISTERED)
 
         def decide(later):
-            self.moving.discard(request.id)
-            current = self.registrations.get(request.id)
-            if current is old and old.seen <= now:
+            answered = self.moving.pop(request.id) or old.seen > now
+            if not answered and self.registrations.get(request.id) is old:
                 yield from self.record_claim(request, origin, later)
             else:
                 yield Refuse(Refusal.OLD_ROUTE_LIVES, (
@@ -4298,6 +4325,8 @@ class Rendezvous:
             by = origin.listener.value
             yield Report("registered", f"{peer.peer_id!a} is at {origin.address}, {by}")
             yield from self.watch_gateway(origin.address.ip)
+        elif peer.peer_id in self.moving:
+            self.moving[peer.peer_id] = True
         registration.seen = now
         response = RegisterPkResponse(result=Result.OK)
         if origin.link is not None:
@@ -4542,8 +4571,8 @@ class Rendezvous:
         waiting = self.errand(link).awaited
         if waiting.get(peer_id) is awaited:
             del waiting[peer_id]
-        if self.intranet.get((link.address, peer_id)) is awaited:
-            del self.intranet[link.address, peer_id]
+        if not waiting and self.intranet.get(link.address) is link:
+            del self.intranet[link.address]
 
     def call_message(self, request, awaited, target):
         """The message that calls B: within its network, by a hole, or to the relay."""
@@ -4559,7 +4588,7 @@ class Rendezvous:
         ipv6 = b"" if forced else public_ipv6(request.socket_addr_v6)
         if same_place and not forced:
             awaited.call = Call.INTRANET
-            self.intranet[link.address, awaited.peer_id] = awaited
+            self.intranet[link.address] = link
             return FetchLocalAddr(
                 socket_addr=awaited.token, relay_server=awaited.relay_server,
                 socket_addr_v6=ipv6)
@@ -4604,13 +4633,13 @@ class Rendezvous:
     def find_awaited(self, token, peer_id, calls, origin):
         """The request that an answer belongs to, or None.
 
-        Without random bits in the token (IPv6) the answer must come from where the
+        Who is called to the relay need not name itself again.  Without random bits in the token (IPv6) the answer must come from where the
         peer is registered.
         """
         awaited = self.awaited.get(token)
         if awaited is None or awaited.call not in calls:
             return None
-        if peer_id != ("" if awaited.call is Call.RELAY else awaited.peer_id):
+        if peer_id != awaited.peer_id and (peer_id or awaited.call is not Call.RELAY):
             return None
         if len(token) == 18 and not self.is_at_home(awaited.peer_id, origin.address.ip):
             return None
@@ -4672,8 +4701,8 @@ class Rendezvous:
         """B is in A's own network: tell A its address there."""
         address = unmangle_strictly(answer.socket_addr)
         unmangle_strictly(answer.local_addr)
-        awaited = self.intranet.get((address, answer.id))
-        if awaited is None or awaited.answered or awaited.call is not Call.INTRANET:
+        awaited = self.find_intranet(address, answer.id, origin)
+        if awaited is None or awaited.answered:
             yield from self.refuse_answer(answer, origin)
             return
         response = PunchHoleResponse(
@@ -4683,6 +4712,16 @@ class Rendezvous:
             is_local=True, socket_addr_v6=public_ipv6(answer.socket_addr_v6))
         text = f"local address of {awaited.peer_id!a}"
         yield from self.answer_after_hang_up(awaited, response, origin, text)
+
+    def find_intranet(self, address, peer_id, origin):
+        """The request of the initiator at `address` that a LocalAddr belongs to."""
+        link = self.intranet.get(address)
+        for awaited in list(link.errand.awaited.values()) if link else ():
+            named = peer_id == awaited.peer_id or not peer_id and self.is_at_home(
+                awaited.peer_id, origin.address.ip)
+            if named and awaited.call is Call.INTRANET:
+                return awaited
+        return None
 
     def answer_after_hang_up(self, awaited, response, origin, text):
         """B listens only when its connection to us has ended; A must not be earlier."""
@@ -4696,9 +4735,7 @@ class Rendezvous:
 
     def on_relay_response(self, answer, origin, now):
         """B goes to the relay, by its own choice or at A's request: tell A."""
-        asked_by_a = answer.id is None or answer.id == ""
-        calls = [Call.RELAY] if asked_by_a else [Call.PUNCH, Call.INTRANET]
-        awaited = self.find_awaited(answer.socket_addr, answer.id or "", calls, origin)
+        awaited = self.find_awaited(answer.socket_addr, answer.id or "", Call, origin)
         if awaited is None or awaited.answered:
             yield from self.refuse_answer(answer, origin)
             return
@@ -4708,7 +4745,7 @@ class Rendezvous:
             version=answer.version, refuse_reason=answer.refuse_reason,
             socket_addr_v6=public_ipv6(answer.socket_addr_v6),
             upnp_port=answer.upnp_port, webrtc_sdp_answer=answer.webrtc_sdp_answer)
-        if not asked_by_a:
+        if answer.id:
             response.pk = self.signed_identity(answer.id, answer.version)
         text = f"{awaited.link.address} meets {awaited.peer_id!a} at the relay"
         yield Report("relay-arranged", text)
@@ -4808,7 +4845,20 @@ class Rendezvous:
         if registration is not None and registration.link is link:
             self.end_route(errand.peer_id)
             yield Report("left", f"{errand.peer_id!a} hung up at {link.address}")
+            yield from self.disappoint(errand.peer_id)
         link.errand = None
+
+    def disappoint(self, peer_id):
+        """A peer has gone: who still waits for its answer need not wait in vain."""
+        for _, awaited in list(self.awaited.entries.values()):
+            if awaited.peer_id == peer_id and not awaited.answered:
+                self.forget_awaited(awaited)
+                if awaited.call is Call.RELAY:
+                    message = RelayResponse(refuse_reason=OFFLINE_TEXT)
+                else:
+                    message = PunchHoleResponse(failure=Failure.OFFLINE)
+                yield Refuse(Refusal.OFFLINE, f"{peer_id!a} left {awaited.link.address}")
+                yield Send(awaited.link, message)
 
     def tick(self, now):
         """Once a second: give up what was awaited too long."""
@@ -5828,7 +5878,8 @@ class Connection(Link):
 
     __slots__ = ("server", "socket", "state", "on_readable", "on_writable", "interest",
                  "pending", "unsent", "framing", "entrance", "patience", "strange",
-                 "served", "then", "timer", "trusted", "tls", "channel", "body")
+                 "served", "then", "timer", "trusted", "proxied", "tls", "channel",
+                 "body")
 
     def __init__(self, server, sock, address, entrance):
         super().__init__(entrance.listener, address)
@@ -5842,6 +5893,7 @@ class Connection(Link):
         self.served = False  # whether any frame has come
         self.then = self.timer = None  # what follows its end, and when at the latest
         self.trusted = server.trusts(address.ip)  # to say who the client is
+        self.proxied = False  # whether somebody else's address stands for this one
         self.tls = False
         self.channel = None  # the `SecureChannel` that was offered, if any
         self.body = 0  # bytes of a request's body that have not come yet
@@ -5985,6 +6037,7 @@ class Connection(Link):
             self.look_again()
         elif kind:
             self.socket.recv(found[1])
+            self.proxied = True
             if found[0] is not None:
                 self.move_to(found[0])
                 self.trusted = self.server.trusts(found[0].ip)
@@ -5993,6 +6046,7 @@ class Connection(Link):
     def move_to(self, address):
         """The client is somewhere else than its connection."""
         self.address = address
+        self.proxied = True
         if not self.server.admits(self.listener, address):
             self.close()
 
@@ -6213,7 +6267,7 @@ class Connection(Link):
         clients on this machine are served as well.
         """
         return (self.entrance.has_console and self.address.is_loopback
-                and not data.translate(None, PRINTABLE))
+                and not self.proxied and not data.translate(None, PRINTABLE))
 
     def read_command(self):
         """More of a text command, or its end."""
@@ -6661,6 +6715,14 @@ def own_address(ip_version=4):
 # Uses: all above.
 
 
+#: Outcomes that an operator should do something about.
+WARNINGS = ("gateway", "tunnel-will-break")
+
+
+#: Values of --bind that mean every address.
+ANY_ADDRESS = ("", "0.0.0.0", "::")
+
+
 class StartTrouble(Exception):
     """The server cannot start; the text tells the operator what to do."""
 
@@ -6760,12 +6822,19 @@ class Server:
         """The ID server: its key, its store, its role."""
         key = self.load_key(False)
         self.store = PeerStore(os.path.join(self.directory, STORE_FILE))
-        self.store.load()
+        try:
+            self.store.load()
+        except OSError as error:
+            raise StartTrouble(f"cannot read {self.store.path}: {error.strerror}; it "
+                               "holds the known peers") from None
         self.report_store()
         self.rendezvous = Rendezvous(
             self.config, key, self.store, self.attempts, os.urandom)
         if self.config.mask and not self.config.local_ip:
             self.rendezvous.local_relay = own_address()
+            if not self.rendezvous.local_relay:
+                self.log.warn("--mask is given, but no address of this machine in that "
+                              "network is found: name it by --local-ip")
         self.consoles[Listener.NAT_TEST] = RendezvousConsole(self.rendezvous, self.utc)
         self.take_handlers(self.rendezvous)
         if len(self.config.relay_servers) > 1:
@@ -6905,7 +6974,7 @@ class Server:
         sock = self.bind(socket.SOCK_DGRAM, port, self.config.bind)
         if self.config.rmem:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self.config.rmem)
-        several = not self.config.bind and has_several_addresses()
+        several = self.config.bind in ANY_ADDRESS and has_several_addresses()
         kind = MultihomedListener if several else DatagramListener
         self.datagrams = kind(self, sock, "rendezvous", self.rendezvous.renewals)
         self.listeners.append(self.datagrams)
@@ -7018,7 +7087,7 @@ class Server:
         except ReadOnly:
             text = f"{' '.join(words)!a} from {link.address} was not done"
             self.refuse(Refusal.READ_ONLY, text)
-            return ""
+            return "nothing was changed: this console only answers questions\n"
 
     def on_closed(self, link):
         """A connection has ended: its role forgets it."""
@@ -7091,7 +7160,8 @@ class Server:
     def do_report(self, action):
         """Count an outcome and log it."""
         self.attempts.count(action.word)
-        self.log.info(f"{action.word}: {action.text}")
+        level = "warn" if action.word in WARNINGS else "info"
+        self.log.write(level, f"{action.word}: {action.text}")
 
     def do_refuse(self, action):
         """Count a refusal and log it."""
@@ -7153,8 +7223,9 @@ class Server:
         try:
             self.store.append([(action.peer, action.replaces) for action in stores])
         except OSError as error:
-            self.log.error(f"cannot write {self.store.path}: {error.strerror}; new "
-                           "peers are refused until the disk takes them")
+            if self.may_log("disk"):
+                self.log.error(f"cannot write {self.store.path}: {error.strerror}; new "
+                               "peers are refused until the disk takes them")
             for action in stores:
                 self.perform(action.otherwise(self.loop.now))
             return
@@ -8076,7 +8147,8 @@ def introduce(server):
     if server.rendezvous is not None:
         port = server.datagrams.address.port
         name = "the public name or address of this machine"
-        host = server.config.bind or own_address()
+        bind = server.config.bind
+        host = own_address() if bind in ANY_ADDRESS else bind
         if host:
             address = host if port == RENDEZVOUS_PORT else Address(host, port)
             name = f"{address} (or {name})"
@@ -8269,8 +8341,18 @@ COMMANDS = {
 }
 
 
+def keep_standard_descriptors():
+    """Started with standard output closed, no socket may take its number."""
+    while True:
+        descriptor = os.open(os.devnull, os.O_RDWR)
+        if descriptor > 2:
+            os.close(descriptor)
+            return
+
+
 def main(arguments):
     """Run the subcommand named first, or both roles; returns the exit status."""
+    keep_standard_descriptors()
     if arguments and arguments[0] in COMMANDS:
         if hasattr(signal, "SIGPIPE") and arguments[0] not in ROLES:
             signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # as in `config | head`
