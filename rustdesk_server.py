@@ -60,6 +60,7 @@ import argparse
 import base64
 import binascii
 import collections
+import contextlib
 import enum
 import errno
 import gc
@@ -160,8 +161,10 @@ RELAY_FIRST_FRAME_SECONDS = 30.0
 RELAY_PARTNER_SECONDS = 30.0
 #: A text command has ended when nothing more has come for this long.
 CONSOLE_QUIET_SECONDS = 0.25
-#: How long the survivor of a session may take to read what was sent last.
+#: How long the other side may take to end a connection that we have ended, and
+#: how long the survivor of a session, who still has to read what was sent last.
 LINGER_SECONDS = 2.0
+SURVIVOR_SECONDS = 30.0
 
 #: The largest frames that clients send to the ID server are whole address books
 #: in an OnlineRequest (12 bytes an id); everything else is far below 64 KiB.
@@ -219,8 +222,13 @@ KEEPALIVE_IDLE_SECONDS, KEEPALIVE_INTERVAL_SECONDS, KEEPALIVE_PROBES = 60, 15, 6
 #: So many ids at one private address are not one device but a NAT in front of us.
 GATEWAY_PEERS = 5
 
+#: The route of a peer that has been offline so long is forgotten.
+FORGET_ROUTE_SECONDS = 600.0
 #: When a peer was seen last is stored to the hour, for so many peers a second.
 SEEN_SECONDS, SEEN_SLICE = 3600, 200
+
+#: When the store could not be written anew, for a full disk say, it is left so long.
+COMPACT_AGAIN_SECONDS = 600.0
 
 #: How often the certificate's files are looked at for a new one.
 CERTIFICATE_CHECK_SECONDS = 30.0
@@ -300,6 +308,7 @@ class Refused(Exception):
         super().__init__(refusal, detail)
         self.refusal = refusal
         self.detail = detail
+        self.passed = b""  # what a translator had for the reader before it
 
 
 # == 3. Wire format ============================================================
@@ -1761,7 +1770,7 @@ def normalise_ip(text):
     """Undress an IPv4 address that an IPv6 socket shows as ::ffff:a.b.c.d."""
     if not text.startswith("::"):
         return text
-    if text.startswith("::ffff:") and "." in text:
+    if text.startswith("::ffff:") and text.count(":") == 3 and "." in text:
         return text[7:]
     packed = ipaddress.IPv6Address(text.partition("%")[0]).packed
     dressed = packed[:12] in (bytes(12), bytes(10) + b"\xff\xff")
@@ -2036,13 +2045,23 @@ def header_ip(request, is_trusted):
     """The client's IP as a trusted proxy's headers tell it, or None.
 
     X-Real-IP is one address.  X-Forwarded-For is a list to which every proxy adds
-    whom it heard: the last element that is no proxy of ours is the client.
+    whom it heard: the last element that is no proxy of ours is the client.  A proxy
+    that sets one may pass a forged other one through: then they differ, and neither
+    is believed.
     """
-    words = request.headers.get("x-real-ip", "").split(",")
-    if not words[0]:
-        words = request.headers.get("x-forwarded-for", "").split(",")
+    real = last_stranger(request.headers.get("x-real-ip", ""), is_trusted)
+    listed = last_stranger(request.headers.get("x-forwarded-for", ""), is_trusted)
+    if real is None or listed is None:
+        return real or listed
+    if is_trusted(real):  # a proxy behind a proxy sees only that one
+        return real if is_trusted(listed) else listed
+    return real if listed == real else None
+
+
+def last_stranger(text, is_trusted):
+    """The last address of a list that is none of our proxies'; None if it is bad."""
     found = None
-    for word in reversed(words):
+    for word in reversed(text.split(",")):
         found = plain_ip(word.strip())
         if found is None or not is_trusted(found):
             break
@@ -2208,13 +2227,14 @@ class WebSocketFraming:
     """
 
     __slots__ = ("max_size", "buffer", "at", "wanted", "message", "opcode", "outgoing",
-                 "closed")
+                 "closed", "skimmed", "open")
 
     def __init__(self, max_size, books=False):
         self.max_size = max(max_size, MAX_ONLINE_REQUEST_BYTES if books else 0)
         self.buffer, self.at, self.wanted = bytearray(), 0, 1
         self.message, self.opcode = bytearray(), None
         self.outgoing, self.closed = b"", False
+        self.skimmed, self.open = 0, False  # where `skim` is, and within a message
 
     def receive(self, data):
         """Add bytes from the stream."""
@@ -2264,6 +2284,22 @@ class WebSocketFraming:
         self.message, self.opcode = bytearray(), None
         return message if opcode == BINARY else None
 
+    def skim(self):
+        """Answer control frames and take them out, but leave all messages where they
+        are: their time has not come.  Nothing more may be taken then."""
+        self.receive(b"")
+        while not self.closed:
+            header = parse_frame_header(self.buffer, self.skimmed, self.open)
+            if header is None or len(self.buffer) < header.end + header.size:
+                return
+            start, end = self.skimmed, header.end + header.size
+            if header.opcode >= CLOSE:
+                payload = bytes(unmask(self.buffer[header.end:end], header.mask))
+                self.on_control(header.opcode, payload)
+                del self.buffer[start:end]
+            else:
+                self.skimmed, self.open = end, not header.final
+
     def on_control(self, opcode, payload):
         """Answer a ping with a pong, a Close with a Close (RFC 6455 5.5)."""
         if opcode == PING:
@@ -2291,11 +2327,12 @@ class Translator:
     """
 
     __slots__ = ("rest", "left", "to_websocket", "more", "continued", "control",
-                 "answer", "closed")
+                 "answer", "closed", "collected")
 
     def __init__(self, to_websocket):
         self.to_websocket = to_websocket
         self.answer = b""  # what the sender must be told: a pong, or its Close
+        self.collected = b""  # of a message that must be whole first
         self.closed = False  # whether the sender has said Close
         self.rest = b""  # the start of a header that goes on
         self.left = 0  # bytes of the frame under way that the reader still lacks
@@ -2313,6 +2350,19 @@ class Translator:
         last = final and part == size
         self.left, self.more, self.continued = part, size - part, not last
         return websocket_header(part, opcode, last)
+
+    def translate(self, data):
+        """Bytes for the reader; `Refused` for what RFC 6455 or our limits forbid, and
+        with it, as `passed`, what came before that."""
+        if self.rest:
+            data, self.rest = self.rest + bytes(data), b""
+        out = []
+        try:
+            self.translate_into(out, data)
+        except Refused as refused:
+            refused.passed = b"".join(out)
+            raise
+        return b"".join(out)
 
     def insert(self, frame):
         """Put a control frame into the stream: what can be sent of it now."""
@@ -2334,11 +2384,9 @@ class FrameTranslator(Translator):
 
     __slots__ = ()
 
-    def translate(self, data):
-        """Bytes for the reader; `Refused` above MAX_MESSAGE_BYTES."""
-        if self.rest:
-            data, self.rest = self.rest + bytes(data), b""
-        at, end, out = 0, len(data), []
+    def translate_into(self, out, data):
+        """Append what the reader gets; `Refused` above MAX_MESSAGE_BYTES."""
+        at, end = 0, len(data)
         left = self.left
         while at < end:
             if left:
@@ -2360,7 +2408,6 @@ class FrameTranslator(Translator):
             at = start
             out.append(self.begin(size))
             left = self.left
-        return b"".join(out)
 
 
 class WebSocketTranslator(Translator):
@@ -2371,8 +2418,7 @@ class WebSocketTranslator(Translator):
     skipped.
     """
 
-    __slots__ = ("incoming", "mask", "opcode", "final", "size", "collecting",
-                 "collected")
+    __slots__ = ("incoming", "mask", "opcode", "final", "size", "collecting")
 
     def __init__(self, to_websocket):
         super().__init__(to_websocket)
@@ -2384,11 +2430,9 @@ class WebSocketTranslator(Translator):
         self.collecting = False  # whether the open message waits for its end
         self.collected = bytearray()
 
-    def translate(self, data):
-        """Bytes for the reader; `Refused` for what RFC 6455 or our limits forbid."""
-        if self.rest:
-            data, self.rest = self.rest + bytes(data), b""
-        at, end, out = 0, len(data), []
+    def translate_into(self, out, data):
+        """Append what the reader gets of frames as they come."""
+        at, end = 0, len(data)
         while at < end and not self.closed:
             if self.incoming:
                 after = min(at + self.incoming, end)
@@ -2407,7 +2451,6 @@ class WebSocketTranslator(Translator):
                 at += header.size
             else:
                 self.on_data_header(header, out)
-        return b"".join(out)
 
     def on_data_header(self, header, out):
         """A data frame begins: announce it to the reader, collect it, or skip it."""
@@ -2866,7 +2909,7 @@ def read_key_file(directory):
     return secret
 
 
-def write_new_file(path, text, mode):
+def write_new_file(path, data, mode):
     """Create `path` with all its content, or leave it alone if it exists.
 
     Returns whether it was created.  A crash in between leaves no half file where
@@ -2875,8 +2918,8 @@ def write_new_file(path, text, mode):
     temporary = f"{path}.{os.urandom(4).hex()}.new"
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     try:
-        with open(descriptor, "w", encoding="ascii") as file:
-            file.write(text)
+        with open(descriptor, "wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         return link_new_file(temporary, path, mode)
@@ -2920,7 +2963,7 @@ def create_key_files(directory, random_bytes):
     path = os.path.join(directory, KEY_FILE)
     secret = generate_secret(random_bytes)
     try:
-        created = write_new_file(path, encode_base64(secret), 0o600)
+        created = write_new_file(path, encode_base64(secret).encode(), 0o600)
     except OSError as error:
         raise KeyTrouble(f"cannot create {path}: {error.strerror}; start in a "
                          "directory where this user may write") from None
@@ -2933,7 +2976,7 @@ def check_public_file(directory, secret):
     public = encode_base64(secret[32:])
     try:
         if not os.path.exists(path):
-            write_new_file(path, public, 0o644)
+            write_new_file(path, public.encode(), 0o644)
         with open(path, "rb") as file:
             if file.read(1024).strip() == public.encode():
                 return ""
@@ -2990,7 +3033,10 @@ def load_key_files(directory, random_bytes):
             return None, ["there is no key yet: the first start makes one"]
         secret = create_key_files(directory, random_bytes)
         put_public_file_aside(directory, secret)
-    warnings = [check_public_file(directory, secret), readable_by_others(directory)]
+    warnings = [readable_by_others(directory)]
+    path = os.path.join(directory, PUBLIC_KEY_FILE)
+    if random_bytes is not None or os.path.exists(path):
+        warnings.append(check_public_file(directory, secret))
     return secret, [warning for warning in warnings if warning]
 
 
@@ -3006,7 +3052,8 @@ def plant_key(directory, private, public):
         check_secret(secret)
         if public and decode_base64(public.strip(), 32) != secret[32:]:
             raise ValueError("KEY_PUB does not belong to it")
-        write_new_file(os.path.join(directory, KEY_FILE), encode_base64(secret), 0o600)
+        path = os.path.join(directory, KEY_FILE)
+        write_new_file(path, encode_base64(secret).encode(), 0o600)
     except ValueError as error:
         raise KeyTrouble(f"KEY_PRIV is no usable key: {error}") from None
     except OSError as error:
@@ -3448,7 +3495,8 @@ class ExpiringTable:
     def __init__(self, seconds, capacity=MAX_TABLE_ENTRIES):
         self.seconds = seconds
         self.capacity = capacity
-        self.entries = {}  # key -> (time it was touched, value)
+        # Not a plain dict: one whose first entries were deleted is slow to begin.
+        self.entries = collections.OrderedDict()  # key -> (time of touch, value)
 
     def __len__(self):
         return len(self.entries)
@@ -3503,10 +3551,14 @@ class Bucket:
     __slots__ = ("rate", "capacity", "level", "filled")
 
     def __init__(self, megabits, now):
-        self.rate = megabits * 1048576
-        self.capacity = self.rate / 10
+        self.set_rate(megabits)
         self.level = self.capacity
         self.filled = now
+
+    def set_rate(self, megabits):
+        """Let it fill at another rate from now on."""
+        self.rate = megabits * 1048576
+        self.capacity = self.rate / 10
 
     def take(self, bits, now):
         """Take `bits` out; returns the seconds to wait before the next are moved."""
@@ -3633,13 +3685,15 @@ def peer_from_line(line):
         device_uuid = base64.b64decode(entry["uuid"], validate=True)
         public_key = base64.b64decode(entry["pk"], validate=True)
         ip, created = str(entry.get("ip", "")), int(entry.get("created", 0))
-        seen = int(entry.get("seen", 0))
+        seen, replaces = int(entry.get("seen", 0)), entry.get("replaces")
     except (KeyError, TypeError, AttributeError):
         raise ValueError("an entry is missing, or of a wrong kind") from None
+    if replaces is not None and not isinstance(replaces, str):
+        raise ValueError("an entry of a wrong kind")
     if not peer_id or not device_uuid or len(public_key) != PUBLIC_KEY_BYTES:
         raise ValueError("an id, device uuid or key of the wrong size")
     peer = Peer(peer_id, device_uuid, public_key, ip, created, seen)
-    return peer, entry.get("replaces")
+    return peer, replaces
 
 
 class PeerStore:
@@ -3667,6 +3721,8 @@ class PeerStore:
 
     def load(self):
         """Read the file, if there is one; bad lines are passed over and counted."""
+        self.file_bytes = self.file_lines = 0
+        self.bad_lines, self.torn, self.unended = [], b"", False
         try:
             with open(self.path, "rb") as file:
                 for number, line in enumerate(file, 1):
@@ -3699,11 +3755,18 @@ class PeerStore:
         """Open the file for appending; cuts a torn last line off."""
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
         self.descriptor = os.open(self.path, flags, 0o600)
-        os.ftruncate(self.descriptor, self.file_bytes)
+        if self.torn:
+            os.ftruncate(self.descriptor, self.file_bytes)
         if self.unended:
             self.write(b"\n")
+            self.unended = False
+
+    def keep_bad_lines(self):
+        """Put the lines that could not be read aside, before they are left out."""
         if self.bad_lines:
-            with open(self.path + ".bad", "ab") as file:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+            descriptor = os.open(self.path + ".bad", flags, 0o600)
+            with open(descriptor, "ab") as file:
                 file.writelines(line for _, _, line in self.bad_lines)
 
     def append(self, records):
@@ -3735,6 +3798,14 @@ class PeerStore:
         self.unsynced = False
         if self.descriptor is not None:
             getattr(os, "fdatasync", os.fsync)(self.descriptor)
+
+    def is_lost(self):
+        """Whether the open file no longer has its name."""
+        try:
+            return self.descriptor is not None and not os.path.samestat(
+                os.fstat(self.descriptor), os.stat(self.path))
+        except OSError:
+            return True
 
     def needs_compaction(self):
         """Whether more of the file is out of date than in force."""
@@ -3797,6 +3868,7 @@ class Compaction:
 
     def finish(self):
         """Replace the old file; returns its descriptor, for the helper to close."""
+        self.store.keep_bad_lines()
         os.replace(self.path, self.store.path)
         old, self.store.descriptor = self.store.descriptor, self.descriptor
         self.store.file_bytes, self.store.file_lines = self.bytes, self.lines
@@ -3841,17 +3913,28 @@ def lock_role(directory, name):
     try:
         if fcntl is not None:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+    except BlockingIOError:
         file.seek(0)
         holder = file.read(20).strip()
         file.close()
         raise DirectoryInUse(
             f"another {name} runs in {os.path.abspath(directory)}: pid {holder}; stop "
             "it first, or use another directory") from None
-    file.truncate(0)
-    file.write(f"{os.getpid()}\n")
-    file.flush()
+    except OSError:
+        pass  # a file system without locks, or full: the ports keep a second one out
     return file
+
+
+def unlock(locks):
+    """Let another server have the directory."""
+    for file in filter(None, locks):
+        try:
+            file.close()
+        except OSError:
+            pass  # the disk did not take our process id
 
 
 def sync_directory(path):
@@ -3944,13 +4027,14 @@ class Link:
     `errand` belongs to the role: what it keeps with this link.
     """
 
-    __slots__ = ("listener", "address", "is_websocket", "errand")
+    __slots__ = ("listener", "address", "is_websocket", "errand", "ended")
 
     def __init__(self, listener, address, is_websocket=False):
         self.listener = listener
         self.address = address
         self.is_websocket = is_websocket
         self.errand = None
+        self.ended = False  # nothing can be sent over it any more
 
     def is_alive(self):
         """Whether its other end has not hung up unnoticed."""
@@ -4152,8 +4236,8 @@ class RelayServers:
 
     def on_health(self, healthy):
         """Take the result of a check; when none answers the list stays as it was."""
-        if healthy:
-            self.healthy = tuple(name for name in self.names if name in healthy)
+        found = tuple(name for name in self.names if name in healthy)
+        self.healthy = found or self.healthy
 
 
 def is_private_host(name):
@@ -4279,7 +4363,7 @@ class Rendezvous:
 
         def decide(later):
             answered = self.moving.pop(request.id) or old.seen > now
-            if not answered and self.registrations.get(request.id) is old:
+            if not answered and self.registrations.get(request.id) in (old, None):
                 yield from self.record_claim(request, origin, later)
             else:
                 yield Refuse(Refusal.OLD_ROUTE_LIVES, (
@@ -4317,6 +4401,8 @@ class Rendezvous:
 
     def register(self, peer, origin, now):
         """Make this the peer's route, and say so."""
+        if origin.link is not None and origin.link.ended:
+            return  # while its record was written
         registration = self.registrations.get(peer.peer_id)
         if registration is None or not registration.is_from(origin):
             self.end_route(peer.peer_id)
@@ -4594,7 +4680,7 @@ class Rendezvous:
                 socket_addr_v6=ipv6)
         awaited.call = Call.PUNCH
         awaited.udp_port = self.usable_udp_port(request, link, target, forced)
-        return self.with_offer(request.webrtc_sdp_offer, PunchHole(
+        return self.with_offer(request.webrtc_sdp_offer, target, PunchHole(
             socket_addr=awaited.token, relay_server=awaited.relay_server,
             nat_type=NatType.SYMMETRIC if forced else request.nat_type,
             udp_port=awaited.udp_port, force_relay=forced,
@@ -4607,10 +4693,11 @@ class Rendezvous:
                   and not link.address.is_ipv6 and not target.address.is_ipv6)
         return request.udp_port if usable else 0
 
-    def with_offer(self, offer, message):
-        """Add A's WebRTC offer where the message stays one packet."""
+    def with_offer(self, offer, target, message):
+        """Add A's WebRTC offer, to a datagram only if it stays within one packet."""
         message.webrtc_sdp_offer = offer
-        if offer and len(message.encode()) > MAX_SENT_DATAGRAM_BYTES - 4:
+        if (offer and target.link is None
+                and len(message.encode()) > MAX_SENT_DATAGRAM_BYTES - 4):
             message.webrtc_sdp_offer = ""
         return message
 
@@ -4633,8 +4720,8 @@ class Rendezvous:
     def find_awaited(self, token, peer_id, calls, origin):
         """The request that an answer belongs to, or None.
 
-        Who is called to the relay need not name itself again.  Without random bits in the token (IPv6) the answer must come from where the
-        peer is registered.
+        Who is called to the relay need not name itself again.  Without random bits in
+        the token (IPv6) the answer must come from where the peer is registered.
         """
         awaited = self.awaited.get(token)
         if awaited is None or awaited.call not in calls:
@@ -4857,7 +4944,8 @@ class Rendezvous:
                     message = RelayResponse(refuse_reason=OFFLINE_TEXT)
                 else:
                     message = PunchHoleResponse(failure=Failure.OFFLINE)
-                yield Refuse(Refusal.OFFLINE, f"{peer_id!a} left {awaited.link.address}")
+                text = f"{peer_id!a} left {awaited.link.address}"
+                yield Refuse(Refusal.OFFLINE, text)
                 yield Send(awaited.link, message)
 
     def tick(self, now):
@@ -5378,7 +5466,10 @@ class Log:
         self.write("error", text)
 
     def flush(self):
-        """Write the lines out; a full disk or a reader that has gone stops nothing."""
+        """Write the lines out; a full disk or a closed pipe stops nothing.
+
+        A reader that has stopped reading does: its pipe is the operator's choice.
+        """
         if self.lines:
             data = "".join(self.lines).encode("utf-8", "backslashreplace")
             self.lines = []
@@ -5432,12 +5523,13 @@ class Timers:
         """Seconds until something is due; None if nothing is."""
         return max(0.0, self.heap[0][0] - now) if self.heap else None
 
-    def run(self, now):
-        """Do what is due."""
-        while self.heap and self.heap[0][0] <= now:
+    def due(self, now):
+        """What is due, one action after the other; not what they add meanwhile."""
+        limit = next(self.numbers)
+        while self.heap and self.heap[0][0] <= now and self.heap[0][1] < limit:
             action = heapq.heappop(self.heap)[2].action
             if action is not None:
-                action()
+                yield action
 
 
 class Loop:
@@ -5484,11 +5576,16 @@ class Loop:
                     key.data(events)
                 except Exception as error:  # ours, not the other side's: see on_fault
                     self.on_fault(key.data, error)
-            try:
-                self.timers.run(self.now)
-                self.on_turn()
-            except Exception as error:
-                self.on_fault(None, error)
+            for action in self.timers.due(self.now):
+                self.attempt(action)
+            self.attempt(self.on_turn)
+
+    def attempt(self, action):
+        """Do something; what it raises is our fault, and no reason to stop."""
+        try:
+            action()
+        except Exception as error:
+            self.on_fault(action, error)
 
     def stop(self):
         """End after this turn."""
@@ -5520,12 +5617,10 @@ class Helper:
         self.ready.release()
 
     def work(self):
-        """The thread: one job after the other, until a None."""
+        """The thread: one job after the other, for as long as the process lives."""
         while True:
             self.ready.acquire()
             job, done = self.jobs.popleft()
-            if job is None:
-                return
             try:
                 result = job()
             except Exception as error:  # handed to `done`, in the loop's thread
@@ -5550,11 +5645,6 @@ class Helper:
             done, result = self.results.popleft()
             done(result)
 
-    def finish(self, seconds):
-        """Do what is queued, within `seconds`, and end the thread."""
-        self.run(None, None)
-        self.thread.join(seconds)
-
 
 # == 17. Connections ===========================================================
 #
@@ -5573,7 +5663,7 @@ BUFFER_VIEW = memoryview(BUFFER)
 RECEIVE_BYTES = 16 * 1024
 #: Python names it from 3.14 on; the number is Linux's.
 IP_PKTINFO = getattr(socket, "IP_PKTINFO", 8)
-#: How soon bytes that were too few are looked at again.
+#: How soon bytes that were too few are looked at again, at first; then half as often.
 LOOK_AGAIN_SECONDS = 0.02
 #: When slow readers hold back more than this in all, reads for them shrink.
 HELD_BUDGET_BYTES = 64 * 1024 * 1024
@@ -5878,8 +5968,8 @@ class Connection(Link):
 
     __slots__ = ("server", "socket", "state", "on_readable", "on_writable", "interest",
                  "pending", "unsent", "framing", "entrance", "patience", "strange",
-                 "served", "then", "timer", "trusted", "proxied", "tls", "channel",
-                 "body")
+                 "served", "then", "timer", "trusted", "proxied", "tls", "looks",
+                 "channel", "body")
 
     def __init__(self, server, sock, address, entrance):
         super().__init__(entrance.listener, address)
@@ -5895,6 +5985,7 @@ class Connection(Link):
         self.trusted = server.trusts(address.ip)  # to say who the client is
         self.proxied = False  # whether somebody else's address stands for this one
         self.tls = False
+        self.looks = 0  # how often too few bytes were looked at
         self.channel = None  # the `SecureChannel` that was offered, if any
         self.body = 0  # bytes of a request's body that have not come yet
         self.patience = server.first_frame_patience(entrance.listener)
@@ -5952,6 +6043,8 @@ class Connection(Link):
 
     def is_alive(self):
         """Whether its other end has not hung up, as far as the kernel knows."""
+        if self.state is not State.WAITING:
+            return False
         try:
             return self.tls or self.socket.recv(1, socket.MSG_PEEK) != b""
         except BlockingIOError:
@@ -5961,7 +6054,7 @@ class Connection(Link):
 
     def take_early(self):
         """What came behind the first frame."""
-        return self.framing.rest + self.pending
+        return self.framing.rest
 
     # -- reading ---------------------------------------------------------------
 
@@ -6022,7 +6115,9 @@ class Connection(Link):
     def look_again(self):
         """Too few bytes to tell: they stay where they are until there are more."""
         self.watch(self.interest & ~READ)
-        self.server.loop.later(LOOK_AGAIN_SECONDS, lambda: self.state is State.FRESH
+        delay = LOOK_AGAIN_SECONDS * 2 ** self.looks
+        self.looks += 1
+        self.server.loop.later(delay, lambda: self.state is State.FRESH
                                and self.watch(self.interest | READ))
 
     def on_proxy_bytes(self, data):
@@ -6039,21 +6134,25 @@ class Connection(Link):
             self.socket.recv(found[1])
             self.proxied = True
             if found[0] is not None:
-                self.move_to(found[0])
                 self.trusted = self.server.trusts(found[0].ip)
+                if not self.move_to(found[0]):
+                    self.close()
         return kind is not False
 
     def move_to(self, address):
-        """The client is somewhere else than its connection."""
+        """The client is somewhere else than its connection; whether it may be."""
         self.address = address
         self.proxied = True
-        if not self.server.admits(self.listener, address):
-            self.close()
+        return self.server.admits(self.listener, address)
 
     def start_tls(self):
         """Shake hands, then begin again with what is inside."""
         self.watch(0)
-        self.socket = self.server.tls.wrap(self.socket)
+        try:
+            self.socket = self.server.tls.wrap(self.socket)
+        except OSError:  # it ended in this very moment
+            self.close()
+            return
         self.socket.on_more = self.read_again
         self.tls = True
         self.become(State.SHAKING, self.shake_hands)
@@ -6145,6 +6244,8 @@ class Connection(Link):
         if self.state is State.WAITING:
             self.be_patient(None)  # the relay itself counts its time
         if self.is_websocket and self.state in (State.FRAMED, State.WAITING):
+            if self.state is State.WAITING:
+                framing.skim()
             self.answer_control(framing)
 
     def answer_control(self, framing):
@@ -6161,9 +6262,16 @@ class Connection(Link):
         if not data:
             self.on_nothing(data)
             return
-        self.pending += data
-        if len(self.pending) > MAX_EARLY_BYTES:
+        self.framing.receive(data)
+        if len(self.framing.buffer) > MAX_EARLY_BYTES:
             self.watch(self.interest & ~READ)
+        if self.is_websocket:
+            try:
+                self.framing.skim()
+            except Refused as refused:
+                self.refuse(refused)
+            else:
+                self.answer_control(self.framing)
 
     def read_away(self):
         """Throw away what comes, until the other side ends too."""
@@ -6192,13 +6300,14 @@ class Connection(Link):
         response, accepted = answer_handshake(request)
         if accepted and not self.choose_role(request.path):
             response, accepted = http_response("404 Not Found"), False
-        self.write(response)
         if not accepted:
             self.server.refuse(Refusal.BAD_HTTP, f"{self.address}: bad handshake")
+        elif not self.find_client(request):
+            response, accepted = http_response("403 Forbidden"), False
+        self.write(response)
+        if not accepted:
             self.end()
-            return
-        self.find_client(request)
-        if self.state is State.HEAD:
+        elif self.state is State.HEAD:
             self.become_websocket(self.pending[size:])
 
     def read_body(self):
@@ -6236,16 +6345,17 @@ class Connection(Link):
         return self.listener in self.server.accepts
 
     def find_client(self, request):
-        """Behind a reverse proxy the headers say who the client is.
+        """Behind a reverse proxy the headers say who the client is; whether it may be.
 
         All its clients then come from one address, so each gets a port of its own:
         answers find the right one by it.
         """
         ip = header_ip(request, self.server.trusts) if self.trusted else None
         if ip is not None:
-            self.move_to(self.server.pseudo_address(ip))
-        elif self.listener is not self.entrance.listener:
-            self.move_to(self.address)
+            return self.move_to(self.server.pseudo_address(ip))
+        if self.listener is not self.entrance.listener:
+            return self.move_to(self.address)
+        return True
 
     def become_websocket(self, rest):
         """The handshake is done: messages follow."""
@@ -6344,27 +6454,29 @@ class Connection(Link):
         if self.state is State.HEAD:
             self.write(http_response("400 Bad Request", refused.detail))
         elif self.is_websocket and self.framing is not None:
-            self.write(close_frame(WEBSOCKET_CODES.get(refused.refusal, 1008)))
             self.framing.closed = True
+            self.write(close_frame(WEBSOCKET_CODES.get(refused.refusal, 1008)))
         self.end()
 
-    def end(self, seconds=LINGER_SECONDS, then=None):
+    def end(self, then=None, survives=False):
         """End our half, let the other side take what was sent and end too, then close.
 
-        `then` is called when it has ended or after `seconds`.
+        `then` is called when it has ended, or soon; `survives` gives it more time.
         """
+        if self.framing is not None and self.state is not State.ENDING:
+            self.write(self.framing.farewell())
         if self.state is State.CLOSED:
             if then is not None:
                 then()
             return
-        if self.framing is not None and self.state is not State.ENDING:
-            self.write(self.framing.farewell())
         if self.timer is not None:
             self.timer.cancel()
-        self.then = then
-        self.be_patient(None)
+        self.then, self.timer = then, None
+        if then is not None:
+            self.timer = self.server.loop.later(HANG_UP_SECONDS, self.close)
+        self.be_patient(self.server.survivors if survives else self.server.endings)
         self.become(State.ENDING, self.read_away)
-        self.timer = self.server.loop.later(seconds, self.close)
+        self.on_writable = self.flush
         self.watch(self.interest | READ)
         if not self.unsent:
             self.shut_down()
@@ -6382,6 +6494,7 @@ class Connection(Link):
             return
         self.watch(0)
         self.socket.close()
+        self.ended = True
         self.become(State.CLOSED, self.read_nothing)
         self.be_patient(None)
         if self.timer is not None:
@@ -6394,18 +6507,6 @@ class Connection(Link):
         self.on_readable = self.on_writable = None  # or it would refer to itself
         if then is not None:
             then()
-
-    def linger(self):
-        """Close after a session: softly if the other side still sends, or it would
-        see a reset instead of what was sent to it last."""
-        if self.state is not State.PAIRED:
-            return
-        self.on_writable = self.flush
-        data = self.receive()
-        if data:
-            self.end()
-        else:
-            self.close()
 
 
 class Pipe:
@@ -6519,7 +6620,8 @@ class Pipe:
     def go_on(self):
         """The bandwidth is there again."""
         self.waits = False
-        if self.source is not None and self.unsent is None and self.ended is None:
+        if self.source is not None and self.unsent is None and not (
+                self.ended or self.reverse.ended):
             self.source.watch(self.source.interest | READ)
 
     def on_end(self, word):
@@ -6528,7 +6630,8 @@ class Pipe:
             self.server.end_session(self.session, word, self.source)
         else:
             self.ended = word
-            self.source.watch(self.source.interest & ~READ)
+            self.source.watch(0)
+            self.sink.watch(self.sink.interest & ~READ)
 
     def say_goodbye(self):
         """Raw streams have no last word."""
@@ -6576,13 +6679,18 @@ class Translation(Pipe):
 
     def feed(self, data):
         """Translate bytes; a message beyond the rules ends the session."""
-        translator = self.translator
+        translator, before = self.translator, len(self.translator.collected)
         try:
             data = translator.translate(data)
+            Pipe.held += len(translator.collected) - before
         except Refused as refused:
             self.server.refuse(refused.refusal, (
                 f"session {self.session.number}: {self.source.address}: "
                 f"{refused.detail}"))
+            if refused.passed:
+                self.write(refused.passed)
+            if self.source is None:
+                return
             reverse = self.reverse
             reverse.said_goodbye = True
             reverse.insert(close_frame(WEBSOCKET_CODES.get(refused.refusal, 1008)))
@@ -6603,6 +6711,11 @@ class Translation(Pipe):
             frame = self.translator.insert(frame)
             if frame:
                 self.write(frame)
+
+    def detach(self):
+        """The session is over: let go of everything."""
+        Pipe.held -= len(self.translator.collected)
+        super().detach()
 
     def say_goodbye(self):
         """A Close for a WebSocket sink, unless it would stand inside a frame."""
@@ -6639,14 +6752,20 @@ class RelayCheck:
         self.sockets = {}
         self.timer = loop.later(RELAY_CHECK_TIMEOUT_SECONDS, self.finish)
         for name, family, sockaddr in targets:
-            self.begin(name, family, sockaddr)
+            try:
+                self.begin(name, family, sockaddr)
+            except OSError:
+                continue  # no such family, or no descriptor: it counts as silent
         self.finish_if_complete()
 
     def begin(self, name, family, sockaddr):
         """Start one connect."""
         sock = socket.socket(family, socket.SOCK_STREAM)
         sock.setblocking(False)
-        sock.connect_ex(sockaddr)
+        waiting = (0, errno.EINPROGRESS, errno.EWOULDBLOCK)
+        if sock.connect_ex(sockaddr) not in waiting:
+            sock.close()
+            return
         self.sockets[sock] = name
         self.loop.watch(sock, WRITE, lambda events: self.on_connected(sock))
 
@@ -6719,6 +6838,8 @@ def own_address(ip_version=4):
 WARNINGS = ("gateway", "tunnel-will-break")
 
 
+#: Of 65,535 ports one is free with near certainty, however many are taken.
+PSEUDO_PORT_TRIES = 1000
 #: Values of --bind that mean every address.
 ANY_ADDRESS = ("", "0.0.0.0", "::")
 
@@ -6736,11 +6857,10 @@ class Server:
         self.directory = directory
         self.log = log
         self.attempts = Attempts()
-        self.locks = lock_directory(directory, role)
         self.supervisor = Supervisor(os.environ)
         self.draining = False
         self.loop = Loop(self.on_turn, self.on_fault)
-        self.helper = Helper(self.loop)
+        self.helper, self.resolver = Helper(self.loop), None
         self.listeners = []
         self.datagrams = None
         self.rendezvous = self.relay = self.store = None
@@ -6752,10 +6872,15 @@ class Server:
         self.first_patience = ExpiringTable(FIRST_FRAME_SECONDS, 1 << 30)
         self.next_patience = ExpiringTable(NEXT_FRAME_SECONDS, 1 << 30)
         self.relay_patience = ExpiringTable(RELAY_FIRST_FRAME_SECONDS, 1 << 30)
+        self.endings = ExpiringTable(LINGER_SECONDS, 1 << 30)
+        self.survivors = ExpiringTable(SURVIVOR_SECONDS, 1 << 30)
         self.pseudo_addresses = set()  # of clients behind a reverse proxy
         self.current_exchange_key = None
         self.tls = self.load_certificate()
         self.ticks = 0
+        self.silent_relays = set()
+        self.syncing = False
+        self.compact_after = 0.0  # not before, since it failed
         self.unsaved = []  # peer ids whose last-seen time is looked at next
         if role != "hbbr":
             self.create_rendezvous()
@@ -6830,15 +6955,20 @@ class Server:
         self.report_store()
         self.rendezvous = Rendezvous(
             self.config, key, self.store, self.attempts, os.urandom)
-        if self.config.mask and not self.config.local_ip:
-            self.rendezvous.local_relay = own_address()
-            if not self.rendezvous.local_relay:
-                self.log.warn("--mask is given, but no address of this machine in that "
-                              "network is found: name it by --local-ip")
+        self.find_local_relay()
         self.consoles[Listener.NAT_TEST] = RendezvousConsole(self.rendezvous, self.utc)
         self.take_handlers(self.rendezvous)
-        if len(self.config.relay_servers) > 1:
-            self.check_relays()
+        self.check_relays()
+
+    def find_local_relay(self):
+        """How peers in the network of --mask reach our relay."""
+        found = self.config.local_ip
+        if self.config.mask and not found:
+            found = own_address()
+            if not found:
+                self.log.warn("--mask is given, but no address of this machine in that "
+                              "network is found: name it by --local-ip")
+        self.rendezvous.local_relay = found
 
     def report_store(self):
         """Open the store for writing, and say what was found in it."""
@@ -6957,8 +7087,7 @@ class Server:
             raise StartTrouble(f"there is no port {port} ({name}): choose another -p")
         ip = ip or self.config.bind
         sock = self.bind(socket.SOCK_STREAM, port, ip)
-        if listener is Listener.RELAY:
-            keep_alive(sock)
+        keep_alive(sock)
         try:
             sock.listen(LISTEN_BACKLOG)
         except OSError as error:
@@ -6998,12 +7127,13 @@ class Server:
 
     def pseudo_address(self, ip):
         """An address for a client behind a proxy that no other one has now."""
-        while True:
-            port = int.from_bytes(os.urandom(2), "big")
-            address = Address(ip, port)
-            if port and address not in self.pseudo_addresses:
-                self.pseudo_addresses.add(address)
-                return address
+        address = Address(ip, 0)
+        for _ in range(PSEUDO_PORT_TRIES):
+            address = Address(ip, int.from_bytes(os.urandom(2), "big") or 1)
+            if address not in self.pseudo_addresses:
+                break
+        self.pseudo_addresses.add(address)
+        return address
 
     def is_called(self, ip):
         """Whether a peer at this address is expected to answer a call."""
@@ -7137,7 +7267,7 @@ class Server:
         def go_on():
             self.loop.later(PUNCH_GRACE_SECONDS,
                             lambda: self.perform(action.then(self.loop.now)))
-        action.link.end(HANG_UP_SECONDS, go_on)
+        action.link.end(go_on)
 
     def do_pair(self, action):
         """Let two links of the relay exchange their bytes."""
@@ -7205,7 +7335,7 @@ class Server:
             if link is gone:
                 link.close()
             else:
-                link.linger()
+                link.end(survives=True)
 
     # -- the passing of time ---------------------------------------------------
 
@@ -7226,11 +7356,11 @@ class Server:
             if self.may_log("disk"):
                 self.log.error(f"cannot write {self.store.path}: {error.strerror}; new "
                                "peers are refused until the disk takes them")
-            for action in stores:
-                self.perform(action.otherwise(self.loop.now))
-            return
-        for action in stores:
-            self.perform(action.then(self.loop.now))
+            answers = [action.otherwise for action in stores]
+        else:
+            answers = [action.then for action in stores]
+        for answer in answers:
+            self.loop.attempt(lambda: self.perform(answer(self.loop.now)))
 
     def tick(self):
         """Once a second."""
@@ -7239,6 +7369,9 @@ class Server:
         for table in self.first_patience, self.next_patience, self.relay_patience:
             for link, _ in table.expire(now):
                 self.on_silence(link)
+        for table in self.endings, self.survivors:
+            for link, _ in table.expire(now):
+                link.close()
         for role in self.rendezvous, self.relay:
             if role is not None:
                 self.perform(role.tick(now))
@@ -7269,11 +7402,14 @@ class Server:
     def tend_store(self):
         """Let appended records reach the disk, and write the file anew when it pays."""
         store = self.store
-        if store.unsynced:
+        if store.unsynced and not self.syncing:
+            self.syncing = True
             self.helper.run(store.sync, self.on_synced)
+        if self.ticks % 10 == 0:
+            self.check_store_file()
         if store.descriptor is None:
             self.reopen_store()
-        elif store.needs_compaction():
+        elif store.needs_compaction() and self.loop.now >= self.compact_after:
             self.begin_compaction()
 
     def save_some_seen(self):
@@ -7288,7 +7424,7 @@ class Server:
 
     def save_seen(self, peer_ids):
         """Store when peers were seen last, an hour or more after what is stored."""
-        wall, now, records = int(time.time()), self.loop.now, []
+        wall, now, before = int(time.time()), self.loop.now, {}
         for peer_id in peer_ids:
             peer = self.store.peers.get(peer_id)
             registration = self.rendezvous.registrations.get(peer_id)
@@ -7296,13 +7432,15 @@ class Server:
                 continue
             seen = wall - int(now - registration.seen)
             if abs(seen - peer.seen) >= SEEN_SECONDS:
-                peer.seen = seen
-                records.append((peer, None))
+                before[peer], peer.seen = peer.seen, seen
+            if now - registration.seen > FORGET_ROUTE_SECONDS:
+                self.rendezvous.end_route(peer_id)
         try:
-            if records:
-                self.store.append(records)
-        except OSError:
-            pass  # it is tried again; who waits for a record is told
+            if before:
+                self.store.append([(peer, None) for peer in before])
+        except OSError:  # it is tried again; who waits for a record is told
+            for peer, seen in before.items():
+                peer.seen = seen
 
     def summary(self):
         """What goes on, for the supervisor's status line."""
@@ -7313,14 +7451,26 @@ class Server:
             parts.append(f"{len(self.relay.sessions)} sessions relayed")
         return ", ".join(parts)
 
+    def check_store_file(self):
+        """Somebody has replaced or removed the file: ours must be there again."""
+        store = self.store
+        if store.compaction is None and store.is_lost():
+            self.log.error(f"{store.path} was removed or replaced under the running "
+                           "server: it is written anew with what is known here.  Stop "
+                           "the server before you change it")
+            self.begin_compaction()
+
     def on_synced(self, result):
         """The disk has it, or cannot take it."""
+        self.syncing = False
         if isinstance(result, Exception):
             self.log.error(f"cannot sync {self.store.path}: {result}")
 
     def reopen_store(self):
         """The store could not be opened: try again, quietly."""
         try:
+            if os.path.exists(self.store.path):
+                self.store.load()  # it may have come from elsewhere meanwhile
             self.store.open()
             self.log.info(f"{self.store.path} can be written again")
         except OSError:
@@ -7368,29 +7518,33 @@ class Server:
     def give_up_compaction(self, compaction, error):
         """The disk does not take a new file: the old one stays in force."""
         compaction.abandon()
-        self.store.COMPACT_FROM_BYTES = self.store.file_bytes * 2  # try again later
+        self.compact_after = self.loop.now + COMPACT_AGAIN_SECONDS
         self.log.error(f"cannot write {self.store.path} anew: {error.strerror}")
 
     def check_relays(self):
-        """Try the relays of the list, now and then again and again."""
-        self.helper.run(lambda: resolve_relays(self.rendezvous.relays.names),
-                        self.on_relays_resolved)
-        self.loop.later(RELAY_CHECK_SECONDS, self.check_relays)
+        """Try the relays of the list; names take long, so in a thread of their own."""
+        if len(self.rendezvous.relays.names) < 2:
+            self.loop.later(RELAY_CHECK_SECONDS, self.check_relays)
+            return
+        if self.resolver is None:
+            self.resolver = Helper(self.loop)
+        self.resolver.run(lambda: resolve_relays(self.rendezvous.relays.names),
+                          self.on_relays_resolved)
 
     def on_relays_resolved(self, targets):
         """Names have become addresses: connect to them."""
         RelayCheck(self.loop, targets, self.on_relay_health)
 
     def on_relay_health(self, healthy):
-        """Relays have answered or not: say what changed."""
-        relays = self.rendezvous.relays
-        before = set(relays.healthy)
+        """Relays have answered or not: say what changed, and try again in a while."""
+        self.loop.later(RELAY_CHECK_SECONDS, self.check_relays)
+        relays, silent = self.rendezvous.relays, self.silent_relays
         relays.on_health(healthy)
-        for name in relays.names:
-            if name in before and name not in healthy:
-                self.log.warn(f"relay {name} does not answer")
-            elif name not in before and name in healthy:
-                self.log.info(f"relay {name} answers again")
+        self.silent_relays = set(relays.names) - healthy
+        for name in sorted(self.silent_relays - silent):
+            self.log.warn(f"relay {name} does not answer")
+        for name in sorted(silent & healthy):
+            self.log.info(f"relay {name} answers again")
 
     def utc(self, moment):
         """A time of the loop's clock as UTC text."""
@@ -7407,7 +7561,7 @@ class Server:
                 self.log.error(line)
         link = getattr(handler, "__self__", None)
         if isinstance(link, Connection):
-            link.close()
+            self.loop.later(0.0, link.close)
 
     # -- stop ------------------------------------------------------------------
 
@@ -7449,10 +7603,13 @@ class Server:
                 self.log.info(f"changed: {name.replace('_', '-')}")
             else:
                 self.log.warn(f"{name.replace('_', '-')} changes with the next start")
-        if "relay_servers" in changed and self.rendezvous is not None:
-            self.rendezvous.relays = RelayServers(config.relay_servers)
-        if "total_bandwidth" in changed and self.relay is not None:
-            self.relay.total = Bucket(config.total_bandwidth, self.loop.now)
+        if self.rendezvous is not None:
+            if "relay_servers" in changed:
+                self.rendezvous.relays = RelayServers(config.relay_servers)
+            if "mask" in changed or "local_ip" in changed:
+                self.find_local_relay()
+        if self.relay is not None:
+            self.relay.total.set_rate(config.total_bandwidth)
         self.log.set_level(self.config.log_level)
         self.log.info(f"configuration read again, {len(changed)} settings changed")
 
@@ -7479,6 +7636,16 @@ class Server:
         self.listeners = []
         self.loop.later(seconds, self.loop.stop)
 
+    def close_store(self):
+        """Let the disk have everything; here, since the helper may be at something."""
+        if self.store.compaction is not None:
+            self.store.compaction.abandon()
+        try:
+            self.store.sync()
+        except OSError as error:
+            self.on_synced(error)
+        self.store.close()
+
     def close(self):
         """End every session and connection, and let the disk have everything."""
         for listener in self.listeners:
@@ -7491,10 +7658,7 @@ class Server:
                 self.log.warn(f"{len(sessions)} sessions were cut")
         if self.store is not None:
             self.save_seen(list(self.rendezvous.registrations))
-            self.helper.run(self.store.sync, self.on_synced)
-        self.helper.finish(10.0)
-        if self.store is not None:
-            self.store.close()
+            self.close_store()
         self.log.info("stopped")
         self.log.flush()
 
@@ -7593,9 +7757,17 @@ def port_holder(kind, port):
                    and (kind == "udp" or row[3] == "0A")}
     for pid in filter(str.isdigit, os.listdir("/proc") if inodes else []):
         if holds_inode(pid, inodes):
-            with open(f"/proc/{pid}/comm", encoding="utf-8") as file:
-                return f"pid {pid} ({file.read().strip()})"
+            return f"pid {pid} ({command_of(pid)})"
     return "another program"
+
+
+def command_of(pid):
+    """What a process is called, if it is still there."""
+    try:
+        with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as file:
+            return file.read().strip()
+    except OSError:
+        return "it has just ended"
 
 
 def holds_inode(pid, inodes):
@@ -7665,26 +7837,37 @@ def open_store(directory):
 # -- the official server's data ------------------------------------------------
 
 
+@contextlib.contextmanager
 def open_database(path, mode):
-    """A connection to a database of the official server."""
-    import sqlite3  # only here: small systems lack it
-
+    """A connection to a database of the official server; MaintenanceTrouble if its
+    statements fail, or if there is no sqlite3 here."""
+    try:
+        import sqlite3  # only here: small systems lack it
+    except ImportError:
+        raise MaintenanceTrouble(
+            "Python's sqlite3 module is not installed here, so the official database "
+            "cannot be used (OpenWrt: opkg install python3-sqlite3)") from None
     # In such an address these three characters have a meaning of their own.
     name = path.replace("%", "%25").replace("?", "%3f").replace("#", "%23")
-    return sqlite3.connect(f"file:{name}?mode={mode}", uri=True)
+    connection = None
+    try:
+        connection = sqlite3.connect(f"file:{name}?mode={mode}", uri=True)
+        yield connection
+    except sqlite3.Error as error:
+        text = f"the database {path} cannot be used: {error}"
+        raise MaintenanceTrouble(text) from None
+    finally:
+        if connection is not None:
+            connection.close()
 
 
 def import_database(path, store):
     """Take the peers of the official database over; returns a sentence about it.
 
     Peers that are known here stay as they are, so it may be done again.
-    ImportError without sqlite3; MaintenanceTrouble if it can't be read.
     """
-    connection = open_database(path, "ro")
-    from sqlite3 import Error
-
     counts, batch = collections.Counter(), []
-    try:
+    with open_database(path, "ro") as connection:
         query = "SELECT id, uuid, pk, created_at, info FROM peer ORDER BY id"
         for row in connection.execute(query):
             peer, why = peer_from_row(row, store)
@@ -7694,12 +7877,8 @@ def import_database(path, store):
             if len(batch) >= IMPORT_SLICE:
                 store.append(batch)
                 batch = []
-        store.append(batch)
-        store.sync()
-    except (Error, OSError) as error:
-        raise MaintenanceTrouble(f"cannot take {path} over: {error}") from None
-    finally:
-        connection.close()
+    store.append(batch)
+    store.sync()
     said = [f"{count} {word}" for word, count in sorted(counts.items())]
     return ", ".join(said) or "it is empty"
 
@@ -7759,10 +7938,9 @@ def import_peers(database, directory):
     store = open_store(directory)
     try:
         return f"{database}: {import_database(database, store)}"
-    except ImportError:
-        raise MaintenanceTrouble(
-            "Python's sqlite3 module is not installed here, so the official database "
-            "cannot be read (OpenWrt: opkg install python3-sqlite3)") from None
+    except OSError as error:
+        text = f"cannot write {store.path}: {error.strerror}"
+        raise MaintenanceTrouble(text) from None
     finally:
         store.close()
 
@@ -7784,7 +7962,7 @@ def import_key(source, directory):
 def copy_if_missing(source, target):
     """Copy a small file whole unless its target exists; a sentence about it, or ""."""
     if os.path.exists(source) and not os.path.exists(target):
-        with open(source, encoding="utf-8") as file:
+        with open(source, "rb") as file:
             mode = 0o600 if target.endswith(KEY_FILE) else 0o644
             write_new_file(target, file.read(), mode)
         return f"{os.path.basename(source)} copied"
@@ -7800,19 +7978,23 @@ def export_official(directory, target):
     store = PeerStore(os.path.join(directory, STORE_FILE))
     store.load()
     os.makedirs(target, mode=0o700, exist_ok=True)
+    with open_database(database, "rwc") as connection:
+        connection.executescript(OFFICIAL_SCHEMA)
+        connection.executemany(
+            "INSERT INTO peer (guid, id, uuid, pk, created_at, info) VALUES "
+            "(?, ?, ?, ?, datetime(?, 'unixepoch'), ?)",
+            map(official_row, store.peers.values()))
+        connection.commit()
     said = [copy_if_missing(os.path.join(directory, name), os.path.join(target, name))
             for name in (KEY_FILE, PUBLIC_KEY_FILE, SLOWED_FILE, REFUSED_FILE)]
-    connection = open_database(database, "rwc")
-    connection.executescript(OFFICIAL_SCHEMA)
-    connection.executemany(
-        "INSERT INTO peer (guid, id, uuid, pk, created_at, info) VALUES "
-        "(?, ?, ?, ?, datetime(?, 'unixepoch'), ?)",
-        ((os.urandom(16), peer.peer_id, peer.device_uuid, peer.public_key, peer.created,
-          json.dumps({"ip": official_ip(peer.ip)}, separators=(",", ":")))
-         for peer in store.peers.values()))
-    connection.commit()
-    connection.close()
     return [sentence for sentence in said if sentence] + [f"{len(store.peers)} peers"]
+
+
+def official_row(peer):
+    """A peer as a row of the official table: guid, id, uuid, pk, created_at, info."""
+    info = json.dumps({"ip": official_ip(peer.ip)}, separators=(",", ":"))
+    return (os.urandom(16), peer.peer_id, peer.device_uuid, peer.public_key,
+            peer.created, info)
 
 
 def official_ip(ip):
@@ -7844,7 +8026,7 @@ def back_up(directory, path, with_key):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError:
+    except (OSError, MaintenanceTrouble):
         os.unlink(temporary)
         raise
     return names
@@ -7866,6 +8048,8 @@ def put_file(path, name, put):
         put(f"file {name} {size}\n".encode())
         while size:
             data = source.read(min(size, COPY_BYTES))
+            if not data:
+                raise MaintenanceTrouble(f"{path} became shorter meanwhile: try again")
             size -= len(data)
             put(data)
         put(b"\n")
@@ -7909,8 +8093,10 @@ def restore(directory, path, replace_key):
 
 def check_restored_key(directory, path, files, replace_key):
     """MaintenanceTrouble if a backup holds another key than the directory."""
+    if replace_key or KEY_FILE not in files:
+        return
     ours = read_key_file(directory)
-    if ours is None or KEY_FILE not in files or replace_key:
+    if ours is None:
         return
     with open(path, "rb") as file:
         file.seek(files[KEY_FILE][0])
@@ -7932,6 +8118,8 @@ def bring_back(path, place, target):
         source.seek(offset)
         while size:
             data = source.read(min(size, COPY_BYTES))
+            if not data:
+                raise MaintenanceTrouble(f"{path} became shorter meanwhile")
             size -= len(data)
             file.write(data)
         file.flush()
@@ -8105,6 +8293,7 @@ def run_role(command, arguments):
         for warning in config.warnings:
             log.warn(warning)
         raise_descriptor_limit()
+        locks = lock_directory(".", role)  # which hold while they are referred to
         if role != "hbbr":
             adopt_official(config, log)
         server = Server(config, role, ".", log)
@@ -8118,6 +8307,7 @@ def run_role(command, arguments):
         server.run()
     finally:
         server.close()
+        unlock(locks)
     return 0
 
 
@@ -8220,6 +8410,7 @@ def adopt_official(config, log):
             log.info(f"imported {import_peers(OFFICIAL_STORE_FILE, '.')}")
         except MaintenanceTrouble as trouble:
             log.warn(f"{OFFICIAL_STORE_FILE} is not imported: {trouble}")
+            os.unlink(STORE_FILE)  # so that the next start tries again
 
 
 def parse_settings(command, description, arguments):
@@ -8309,8 +8500,7 @@ def locked(action, *arguments):
     try:
         return action(*arguments)
     finally:
-        for lock in filter(None, locks):
-            lock.close()
+        unlock(locks)
 
 
 COMMANDS = {

