@@ -7164,6 +7164,8 @@ class Server:
     def on_datagram(self, datagram, sockaddr, client=None):
         """A datagram that is no renewal; answers go to `sockaddr`."""
         address = address_of(client or sockaddr)
+        if not address.port:
+            return  # forged: nobody can be answered there
         try:
             message = decode_message(datagram)
             handler = self.accepts[Listener.UDP].get(type(message))
