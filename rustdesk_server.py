@@ -109,24 +109,26 @@ NAT_TEST_OFFSET = -1
 RELAY_OFFSET = 1
 WEBSOCKET_OFFSET = 2
 
-#: A peer not heard of for this long is offline.  Clients register every 15 s and
-#: then retry every 3 s, so four lost datagrams still leave it online.
+#: A peer not heard of for this long is offline.  Clients register every 15 s
+#: and then retry every 3 s, so four lost datagrams still leave it online.
 REGISTRATION_TTL_SECONDS = 30.0
 
 #: A client waits at most 36 s for the other side's answer (versions 1.1.8 to
 #: 1.4.0; later ones 18 s), asking again meanwhile.
 AWAITED_TTL_SECONDS = 40.0
-#: How many ids one connection may be asking for at a time; clients ask for one.
+#: How many ids one connection may be asking for at a time; clients ask for
+#: one.
 AWAITED_PER_LINK = 4
 
-#: The target of a hole punch listens only when its connection to us has ended, so
-#: ours is half-closed and the initiator told this long after its end was seen.
-#: Of 60 sessions without wire delay 60 went direct so, 56 when told at once.
+#: The target of a hole punch listens only when its connection to us has ended,
+#: so ours is half-closed and the initiator told this long after its end was
+#: seen. Of 60 sessions without wire delay 60 went direct so, 56 when told at
+#: once.
 HANG_UP_SECONDS = 0.2
 PUNCH_GRACE_SECONDS = 0.01
 
-#: A link that has registered is asked for a sign of life this often: clients and
-#: the usual proxies hang up after 60 s without one.
+#: A link that has registered is asked for a sign of life this often: clients
+#: and the usual proxies hang up after 60 s without one.
 HEARTBEAT_SECONDS = 22.0
 #: Three heartbeats without an answer: the link is dead.
 HEARTBEAT_TTL_SECONDS = 75.0
@@ -134,21 +136,23 @@ HEARTBEAT_TTL_SECONDS = 75.0
 KEEP_ALIVE_SECONDS = 60
 
 #: Clients that want a secured connection say nothing and wait for our key; all
-#: others speak at once, but for a target that first spends up to 30 ms (300 ms in
-#: old versions) on opening its NAT: while one is called we wait longer.
+#: others speak at once, but for a target that first spends up to 30 ms (300 ms
+#: in old versions) on opening its NAT: while one is called we wait longer.
 KEY_EXCHANGE_DELAY_SECONDS = 0.2
 KEY_EXCHANGE_CALLED_SECONDS = 1.0
 #: How long a target takes to answer a call at most.
 CALL_SECONDS = 3.0
-#: One key pair serves all key exchanges of a minute: signing it costs the most.
+#: One key pair serves all key exchanges of a minute: signing it costs the
+#: most.
 EXCHANGE_KEY_SECONDS = 60.0
 
-#: A client's UDP port for hole punching, as it was tested, is good for this long;
-#: a test is up to a dozen datagrams.
+#: A client's UDP port for hole punching, as it was tested, is good for this
+#: long; a test is up to a dozen datagrams.
 UDP_PORT_TTL_SECONDS = 60.0
 UDP_TESTS_PER_MINUTE = 60
 
-#: How long a phone's old route may answer before its id moves to a new address.
+#: How long a phone's old route may answer before its id moves to a new
+#: address.
 ROUTE_CHECK_SECONDS = 1.0
 
 #: The first frame of a connection to the ID server; clients speak at once.
@@ -162,15 +166,18 @@ RELAY_PARTNER_SECONDS = 30.0
 #: A text command has ended when nothing more has come for this long.
 CONSOLE_QUIET_SECONDS = 0.25
 #: How long the other side may take to end a connection that we have ended, and
-#: how long the survivor of a session, who still has to read what was sent last.
+#: how long the survivor of a session, who still has to read what was sent
+#: last.
 LINGER_SECONDS = 2.0
 SURVIVOR_SECONDS = 30.0
 
-#: The largest frames that clients send to the ID server are whole address books
-#: in an OnlineRequest (12 bytes an id); everything else is far below 64 KiB.
+#: The largest frames that clients send to the ID server are whole address
+#: books in an OnlineRequest (12 bytes an id); everything else is far below 64
+#: KiB.
 MAX_FRAME_BYTES = 64 * 1024
 MAX_ONLINE_REQUEST_BYTES = 1024 * 1024
-#: A secured frame may hold a request to a web API, which cannot be seen before.
+#: A secured frame may hold a request to a web API, which cannot be seen
+#: before.
 MAX_SECURED_FRAME_BYTES = 1024 * 1024
 #: A RequestRelay is some 150 bytes; a login token may add a few KiB.
 MAX_RELAY_REQUEST_BYTES = 16 * 1024
@@ -178,8 +185,8 @@ MAX_RELAY_REQUEST_BYTES = 16 * 1024
 #: largest WebSocket frame that the usual libraries take.
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 MAX_WEBSOCKET_FRAME_BYTES = 16 * 1024 * 1024
-#: Requests above 1.5 KiB do not come by datagram; what we send stays in one packet
-#: on any path.
+#: Requests above 1.5 KiB do not come by datagram; what we send stays in one
+#: packet on any path.
 MAX_DATAGRAM_BYTES = 2048
 MAX_SENT_DATAGRAM_BYTES = 1200
 #: WebRTC candidates: their size, and how many a connection may have passed on.
@@ -196,7 +203,8 @@ MAX_UNSENT_BYTES = 1024 * 1024
 #: clients may know messages that we don't.
 MAX_STRANGE_MESSAGES = 8
 
-#: An id's size in bytes: clients make 6 to 16 characters, host names may be longer.
+#: An id's size in bytes: clients make 6 to 16 characters, host names may be
+#: longer.
 MIN_ID_BYTES, MAX_ID_BYTES = 6, 100
 MAX_DEVICE_UUID_BYTES = 256
 #: Exactly the Ed25519 key: a key of any other size could make a signed id look
@@ -211,7 +219,8 @@ MAX_HOST_BYTES = 262
 PIPE_BUFFER_BYTES = 1024 * 1024
 TRANSLATION_BYTES = 64 * 1024
 
-#: Accepts and datagrams taken per readiness, so that neither starves the other.
+#: Accepts and datagrams taken per readiness, so that neither starves the
+#: other.
 ACCEPT_BATCH = 16
 DATAGRAM_BATCH = 64
 LISTEN_BACKLOG = 1024
@@ -219,7 +228,8 @@ LISTEN_BACKLOG = 1024
 #: TCP keepalive of relayed sessions: a dead end is noticed within 2.5 minutes.
 KEEPALIVE_IDLE_SECONDS, KEEPALIVE_INTERVAL_SECONDS, KEEPALIVE_PROBES = 60, 15, 6
 
-#: So many ids at one private address are not one device but a NAT in front of us.
+#: So many ids at one private address are not one device but a NAT in front of
+#: us.
 GATEWAY_PEERS = 5
 
 #: The route of a peer that has been offline so long is forgotten.
@@ -227,7 +237,8 @@ FORGET_ROUTE_SECONDS = 600.0
 #: When a peer was seen last is stored to the hour, for so many peers a second.
 SEEN_SECONDS, SEEN_SLICE = 3600, 200
 
-#: When the store could not be written anew, for a full disk say, it is left so long.
+#: When the store could not be written anew, for a full disk say, it is left so
+#: long.
 COMPACT_AGAIN_SECONDS = 600.0
 
 #: How often the certificate's files are looked at for a new one.
@@ -384,7 +395,8 @@ def read_tag(data, position):
 def skip_field(data, position, tag):
     """Return the position after a field that no message knows.
 
-    A group ends where its end tag is, so groups are walked, but not recursively.
+    A group ends where its end tag is, so groups are walked, but not
+    recursively.
     """
     groups = []
     while True:
@@ -1734,15 +1746,16 @@ def decode_message(data):
 
 # == 5. Frames and addresses ===================================================
 #
-# Addresses are normalised once, where they enter: an IPv4 address in IPv6 dress
-# becomes IPv4.  On the wire they are mangled, so that NAT gateways do not find
-# and rewrite them.  Frames are cut from a TCP stream by a length header of one
-# to four bytes.
+# Addresses are normalised once, where they enter: an IPv4 address in IPv6
+# dress becomes IPv4.  On the wire they are mangled, so that NAT gateways do
+# not find and rewrite them.  Frames are cut from a TCP stream by a length
+# header of one to four bytes.
 #
 # Uses: Constants, Refusals.
 
 
-#: Networks that the internet does not route, carriers' NAT included (RFC 6890).
+#: Networks that the internet does not route, carriers' NAT included (RFC
+#: 6890).
 PRIVATE_NETWORKS = tuple(map(ipaddress.ip_network, (
     "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12",
     "192.168.0.0/16", "::1/128", "fc00::/7", "fe80::/10")))
@@ -1780,7 +1793,8 @@ def normalise_ip(text):
 
 
 def address_of(sockaddr):
-    """The `Address` of a socket call's result; a link-local one keeps its scope."""
+    """The `Address` of a socket call's result; a link-local one keeps its
+    scope."""
     ip = normalise_ip(sockaddr[0])
     if len(sockaddr) == 4 and sockaddr[3] and "%" not in ip:
         ip = f"{ip}%{sockaddr[3]}"
@@ -1813,8 +1827,9 @@ def is_public_ipv6(address):
 def mangle(address, nonce):
     """Give an address the form that travels in `socket_addr`.
 
-    `nonce` is 32 bits of the caller's choice; receivers return them unread.  IPv4
-    gives up to 11 bytes; IPv6 is not mangled, gives 18 and has no room for it.
+    `nonce` is 32 bits of the caller's choice; receivers return them unread.
+    IPv4 gives up to 11 bytes; IPv6 is not mangled, gives 18 and has no room
+    for it.
     """
     octets, port = packed_ip(address.ip), address.port
     if len(octets) == 16:
@@ -1839,7 +1854,8 @@ def unmangle(data):
 
 
 def unmangle_strictly(data):
-    """Decode a mangled address from a stranger; refuse what no encoder makes."""
+    """Decode a mangled address from a stranger; refuse what no encoder
+    makes."""
     value = int.from_bytes(data, "little")
     nonce = value >> 17 & 0xFFFFFFFF
     if len(data) > 16 and len(data) != 18:
@@ -1866,9 +1882,10 @@ def frame_header(size):
 class LengthFraming:
     """Cuts frames from a byte stream: `receive` bytes, then `take` until None.
 
-    A header of 1 to 4 bytes, little endian: two bits for its own length less one,
-    the rest the payload's.  Payloads above `max_size` are `Refused`, but for an
-    OnlineRequest, which carries a whole address book, when `books` allows it.
+    A header of 1 to 4 bytes, little endian: two bits for its own length less
+    one, the rest the payload's.  Payloads above `max_size` are `Refused`, but
+    for an OnlineRequest, which carries a whole address book, when `books`
+    allows it.
     """
 
     __slots__ = ("max_size", "books", "buffer", "at", "wanted")
@@ -1917,7 +1934,8 @@ class LengthFraming:
         return bytes(buffer[start:end])
 
     def may_be_book(self, start, size):
-        """Whether a frame this long is an OnlineRequest, as far as can be seen."""
+        """Whether a frame this long is an OnlineRequest, as far as can be
+        seen."""
         tag = b"\xba\x01"
         seen = bytes(self.buffer[start:start + 2])
         return self.books and size <= MAX_ONLINE_REQUEST_BYTES and tag.startswith(seen)
@@ -1933,10 +1951,11 @@ class LengthFraming:
 
 # == 6. WebSocket and HTTP =====================================================
 #
-# RFC 6455 as far as a server without extensions needs it, and as much of HTTP as
-# leads there; bytes in, bytes out.  One binary message is one payload.  Before
-# two ends are paired a `WebSocketFraming` collects whole messages; afterwards
-# translators turn the bytes of one end into those of the other as they come.
+# RFC 6455 as far as a server without extensions needs it, and as much of HTTP
+# as leads there; bytes in, bytes out.  One binary message is one payload.
+# Before two ends are paired a `WebSocketFraming` collects whole messages;
+# afterwards translators turn the bytes of one end into those of the other as
+# they come.
 #
 # Uses: Constants, Refusals, Frames and addresses.
 
@@ -1945,14 +1964,17 @@ TOKEN = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110 5.6.2
 FIELD_VALUE = re.compile(rb"[\t\x20-\x7e\x80-\xff]*")  # RFC 9110 5.5
 BINARY, TEXT, CONTINUATION, CLOSE, PING, PONG = 2, 1, 0, 8, 9, 10
 
-#: Unmasking adds one of these to a quarter of the payload; made when first needed.
+#: Unmasking adds one of these to a quarter of the payload; made when first
+#: needed.
 XOR_TABLES = {}
-#: From this size on four strided translations are faster than one long integer.
+#: From this size on four strided translations are faster than one long
+#: integer.
 STRIDED_BYTES = 4096
 
 
 class HttpRequest(collections.namedtuple("HttpRequest", "method path headers")):
-    """A request head; header names in lower case, repeated ones joined by commas."""
+    """A request head; header names in lower case, repeated ones joined by
+    commas."""
 
     __slots__ = ()
 
@@ -1978,7 +2000,8 @@ HTTP_METHODS = (b"GET ", b"HEAD ", b"POST ", b"PUT ", b"DELETE ", b"OPTIONS ",
 
 
 def is_tls(data):
-    """Whether a connection begins with a TLS ClientHello; None if that is open.
+    """Whether a connection begins with a TLS ClientHello; None if that is
+    open.
 
     A record of type 22 and version 3, and in it a handshake message of type 1.
     """
@@ -1988,7 +2011,8 @@ def is_tls(data):
 
 
 def is_proxy_header(data):
-    """Whether a connection begins with the PROXY protocol; None if that is open."""
+    """Whether a connection begins with the PROXY protocol; None if that is
+    open."""
     for prefix in PROXY_V1, PROXY_V2:
         if data.startswith(prefix):
             return True
@@ -1998,8 +2022,8 @@ def is_proxy_header(data):
 
 
 def parse_proxy_header(data):
-    """The client's `Address` (None if the proxy speaks for itself) and the header's
-    size; None if it goes on."""
+    """The client's `Address` (None if the proxy speaks for itself) and the
+    header's size; None if it goes on."""
     if data.startswith(PROXY_V2):
         return parse_proxy_v2(data)
     end = data.find(b"\r\n", 0, MAX_PROXY_V1_BYTES)
@@ -2044,10 +2068,10 @@ def parse_proxy_v2(data):
 def header_ip(request, is_trusted):
     """The client's IP as a trusted proxy's headers tell it, or None.
 
-    X-Real-IP is one address.  X-Forwarded-For is a list to which every proxy adds
-    whom it heard: the last element that is no proxy of ours is the client.  A proxy
-    that sets one may pass a forged other one through: then they differ, and neither
-    is believed.
+    X-Real-IP is one address.  X-Forwarded-For is a list to which every proxy
+    adds whom it heard: the last element that is no proxy of ours is the
+    client.  A proxy that sets one may pass a forged other one through: then
+    they differ, and neither is believed.
     """
     real = last_stranger(request.headers.get("x-real-ip", ""), is_trusted)
     listed = last_stranger(request.headers.get("x-forwarded-for", ""), is_trusted)
@@ -2059,7 +2083,8 @@ def header_ip(request, is_trusted):
 
 
 def last_stranger(text, is_trusted):
-    """The last address of a list that is none of our proxies'; None if it is bad."""
+    """The last address of a list that is none of our proxies'; None if it is
+    bad."""
     found = None
     for word in reversed(text.split(",")):
         found = plain_ip(word.strip())
@@ -2069,7 +2094,8 @@ def last_stranger(text, is_trusted):
 
 
 def plain_ip(text):
-    """The normalised IP of `a.b.c.d`, `a.b.c.d:port`, `v6` or `[v6]:port`, or None."""
+    """The normalised IP of `a.b.c.d`, `a.b.c.d:port`, `v6` or `[v6]:port`, or
+    None."""
     if text.startswith("["):
         text, bracket, _ = text[1:].partition("]")
         text = text if bracket else ""
@@ -2082,7 +2108,8 @@ def plain_ip(text):
 
 
 def parse_request_head(data):
-    """The `HttpRequest` at the start of `data` and its size, or None if it goes on.
+    """The `HttpRequest` at the start of `data` and its size, or None if it
+    goes on.
 
     Refuses heads above MAX_HTTP_HEAD_BYTES and what RFC 9112 calls invalid.
     """
@@ -2121,7 +2148,8 @@ def wants_websocket(request):
 
 
 def answer_handshake(request):
-    """The response that makes a connection a WebSocket (RFC 6455 4.2), or a refusal.
+    """The response that makes a connection a WebSocket (RFC 6455 4.2), or a
+    refusal.
 
     Returns (response, accepted).
     """
@@ -2180,7 +2208,8 @@ def close_frame(code=1000):
 
 
 def close_answer(payload):
-    """The Close frame that answers one (RFC 6455 5.5.1): same code, if a legal one."""
+    """The Close frame that answers one (RFC 6455 5.5.1): same code, if a legal
+    one."""
     code = int.from_bytes(payload[:2], "big") if payload else 1000
     legal = 1000 <= code <= 1003 or 1007 <= code <= 1014 or 3000 <= code <= 4999
     return close_frame(code if legal else 1002)
@@ -2195,9 +2224,9 @@ class FrameHeader(collections.namedtuple("FrameHeader", "final opcode size mask 
 def parse_frame_header(data, at, in_message):
     """The `FrameHeader` at `data[at:]`, or None if it goes on.
 
-    `in_message` says whether a fragmented message is open.  Refuses what RFC 6455
-    5.1 to 5.5 forbids: no mask, reserved bits, unknown opcodes, long or fragmented
-    control frames, continuations of nothing.
+    `in_message` says whether a fragmented message is open.  Refuses what RFC
+    6455 5.1 to 5.5 forbids: no mask, reserved bits, unknown opcodes, long or
+    fragmented control frames, continuations of nothing.
     """
     if len(data) - at < 2:
         return None
@@ -2221,9 +2250,9 @@ def parse_frame_header(data, at, in_message):
 class WebSocketFraming:
     """Collects binary messages: `receive` bytes, then `take` until None.
 
-    Text messages are skipped, pings answered: `outgoing` holds what has to be sent
-    for that.  After the other side's Close `closed` is true and nothing is taken.
-    Messages above `max_size`, fragments together, are `Refused`.
+    Text messages are skipped, pings answered: `outgoing` holds what has to be
+    sent for that.  After the other side's Close `closed` is true and nothing
+    is taken. Messages above `max_size`, fragments together, are `Refused`.
     """
 
     __slots__ = ("max_size", "buffer", "at", "wanted", "message", "opcode", "outgoing",
@@ -2271,7 +2300,8 @@ class WebSocketFraming:
         return None
 
     def add(self, header, payload):
-        """Take a frame in; the message that it completes, if it is a binary one."""
+        """Take a frame in; the message that it completes, if it is a binary
+        one."""
         if header.opcode >= CLOSE:
             self.on_control(header.opcode, payload)
             return None
@@ -2285,8 +2315,9 @@ class WebSocketFraming:
         return message if opcode == BINARY else None
 
     def skim(self):
-        """Answer control frames and take them out, but leave all messages where they
-        are: their time has not come.  Nothing more may be taken then."""
+        """Answer control frames and take them out, but leave all messages
+        where they are: their time has not come.  Nothing more may be taken
+        then."""
         self.receive(b"")
         while not self.closed:
             header = parse_frame_header(self.buffer, self.skimmed, self.open)
@@ -2321,9 +2352,9 @@ class Translator:
     """Turns what one end of a session sends into what the other end reads.
 
     `translate` takes bytes as they come and gives bytes at once; headers are
-    translated when they are whole, payloads follow in pieces.  `left` is what the
-    frame under way to the reader still lacks: only at 0 may a control frame be
-    put between (`insert`).
+    translated when they are whole, payloads follow in pieces.  `left` is what
+    the frame under way to the reader still lacks: only at 0 may a control
+    frame be put between (`insert`).
     """
 
     __slots__ = ("rest", "left", "to_websocket", "more", "continued", "control",
@@ -2352,8 +2383,8 @@ class Translator:
         return websocket_header(part, opcode, last)
 
     def translate(self, data):
-        """Bytes for the reader; `Refused` for what RFC 6455 or our limits forbid, and
-        with it, as `passed`, what came before that."""
+        """Bytes for the reader; `Refused` for what RFC 6455 or our limits
+        forbid, and with it, as `passed`, what came before that."""
         if self.rest:
             data, self.rest = self.rest + bytes(data), b""
         out = []
@@ -2372,7 +2403,8 @@ class Translator:
         return frame
 
     def at_boundary(self, final):
-        """What follows a complete frame: the rest of its message, or a control."""
+        """What follows a complete frame: the rest of its message, or a
+        control."""
         released, self.control = self.control, b""
         if self.more:
             return released + self.begin(self.more, final)
@@ -2380,7 +2412,8 @@ class Translator:
 
 
 class FrameTranslator(Translator):
-    """From an end that sends RustDesk frames to one that reads WebSocket messages."""
+    """From an end that sends RustDesk frames to one that reads WebSocket
+    messages."""
 
     __slots__ = ()
 
@@ -2411,7 +2444,8 @@ class FrameTranslator(Translator):
 
 
 class WebSocketTranslator(Translator):
-    """From a WebSocket end to one that reads WebSocket messages or RustDesk frames.
+    """From a WebSocket end to one that reads WebSocket messages or RustDesk
+    frames.
 
     A fragmented message towards a TCP end has to be collected, since its frame
     header comes first; everything else passes at once.  Text messages are
@@ -2453,7 +2487,8 @@ class WebSocketTranslator(Translator):
                 self.on_data_header(header, out)
 
     def on_data_header(self, header, out):
-        """A data frame begins: announce it to the reader, collect it, or skip it."""
+        """A data frame begins: announce it to the reader, collect it, or skip
+        it."""
         self.opcode = header.opcode or self.opcode
         self.incoming, self.mask, self.final = header.size, header.mask, header.final
         self.size += header.size
@@ -2467,7 +2502,8 @@ class WebSocketTranslator(Translator):
             self.end_frame(out)
 
     def pass_payload(self, data, out):
-        """Unmask a piece of payload, and pass it on, collect it, or skip it."""
+        """Unmask a piece of payload, and pass it on, collect it, or skip
+        it."""
         size = len(data)
         if self.opcode == BINARY:
             plain = unmask(data, self.mask)
@@ -2494,7 +2530,8 @@ class WebSocketTranslator(Translator):
             out.append(self.at_boundary(self.final))
 
     def end_frame(self, out):
-        """The sender's frame is complete, and with the last one its message."""
+        """The sender's frame is complete, and with the last one its
+        message."""
         if not self.final:
             return
         if self.collecting and self.opcode == BINARY:
@@ -2504,7 +2541,8 @@ class WebSocketTranslator(Translator):
         self.opcode, self.size, self.collecting = None, 0, False
 
     def on_control(self, header, payload):
-        """A ping wants its pong, a Close ends the session; a pong wants nothing."""
+        """A ping wants its pong, a Close ends the session; a pong wants
+        nothing."""
         payload = unmask(payload, header.mask)
         if header.opcode == PING:
             self.answer = websocket_header(len(payload), PONG) + payload
@@ -2515,9 +2553,9 @@ class WebSocketTranslator(Translator):
 # == 7. Keys ===================================================================
 #
 # One Ed25519 key pair is the server's identity: clients are given its public
-# half and believe no peer's key that it has not signed.  The files are those of
-# the official server.  They are created exclusively, never overwritten, and a
-# key that was asked for and cannot be had stops the start.
+# half and believe no peer's key that it has not signed.  The files are those
+# of the official server.  They are created exclusively, never overwritten, and
+# a key that was asked for and cannot be had stops the start.
 #
 # Uses: Constants, Refusals, Messages.
 
@@ -2534,7 +2572,8 @@ SALSA20_CONSTANT = struct.unpack("<4I", b"expand 32-byte k")
 SALSA20_QUARTERS = (
     (0, 4, 8, 12), (5, 9, 13, 1), (10, 14, 2, 6), (15, 3, 7, 11),
     (0, 1, 2, 3), (5, 6, 7, 4), (10, 11, 8, 9), (15, 12, 13, 14))
-#: Multiples of the base point, 64 rows of 15; made when the first key is needed.
+#: Multiples of the base point, 64 rows of 15; made when the first key is
+#: needed.
 ED25519_ROWS = []
 
 
@@ -2588,8 +2627,9 @@ def built_in_public_key(seed):
 def built_in_sign(message, secret):
     """64 bytes of Ed25519 signature, then the message (RFC 8032 5.1.6).
 
-    `secret` is seed and public key, 64 bytes.  Not in constant time, as nothing in
-    Python is: who can measure our instructions sits on this machine.
+    `secret` is seed and public key, 64 bytes.  Not in constant time, as
+    nothing in Python is: who can measure our instructions sits on this
+    machine.
     """
     scalar, prefix = expand_seed(secret[:32])
     nonce = int.from_bytes(hashlib.sha512(prefix + message).digest(), "little")
@@ -2759,7 +2799,8 @@ def encode_base64(data):
 
 
 def check_secret(secret):
-    """ValueError unless the public half of a 64-byte secret belongs to its seed."""
+    """ValueError unless the public half of a 64-byte secret belongs to its
+    seed."""
     if public_key_of(secret[:32]) != secret[32:]:
         raise ValueError("its public half does not belong to its secret half")
 
@@ -2767,8 +2808,8 @@ def check_secret(secret):
 def generate_secret(random_bytes):
     """A fresh 64-byte secret: seed and public key.
 
-    Drawn again while the public key's base64 holds a slash, since people paste it
-    into file names and addresses, where that hurts.
+    Drawn again while the public key's base64 holds a slash, since people paste
+    it into file names and addresses, where that hurts.
     """
     while True:
         seed = random_bytes(32)
@@ -2802,14 +2843,16 @@ class ServerKey:
         return hmac.compare_digest(licence_key.encode(), self.required.encode())
 
     def sign_identity(self, peer_id, public_key):
-        """The signed IdPk that lets an initiator verify a peer; b"" without a key."""
+        """The signed IdPk that lets an initiator verify a peer; b"" without a
+        key."""
         if self.secret is None or len(public_key) != PUBLIC_KEY_BYTES:
             return b""
         return sign(IdPk(id=peer_id, pk=public_key).encode(), self.secret)
 
 
 class ExchangeKey:
-    """An X25519 key pair, and the message that offers it under our signature."""
+    """An X25519 key pair, and the message that offers it under our
+    signature."""
 
     __slots__ = ("secret", "offer", "made")
 
@@ -2835,7 +2878,8 @@ class SecureChannel:
         self.sent = self.received = 0
 
     def agree(self, message):
-        """Take the client's answer: its X25519 key, and its symmetric key in a box."""
+        """Take the client's answer: its X25519 key, and its symmetric key in a
+        box."""
         if self.key is not None:
             raise Refused(Refusal.SECURE_FAILED, "a second key exchange")
         if [len(key) for key in message.keys] != [32, 48]:
@@ -2873,8 +2917,8 @@ class KeyTrouble(Exception):
 def key_from_setting(text):
     """The `ServerKey` that a -k value other than "", "-" and "_" stands for.
 
-    64 bytes of base64 are a secret key; any other text is only what clients must
-    present, and nothing is signed.
+    64 bytes of base64 are a secret key; any other text is only what clients
+    must present, and nothing is signed.
     """
     try:
         secret = decode_base64(text, 64)
@@ -2890,7 +2934,8 @@ def key_from_setting(text):
 
 
 def read_key_file(directory):
-    """The 64-byte secret of `id_ed25519`, or None where there is no such file."""
+    """The 64-byte secret of `id_ed25519`, or None where there is no such
+    file."""
     path = os.path.join(directory, KEY_FILE)
     try:
         with open(path, "rb") as file:
@@ -2912,8 +2957,8 @@ def read_key_file(directory):
 def write_new_file(path, data, mode):
     """Create `path` with all its content, or leave it alone if it exists.
 
-    Returns whether it was created.  A crash in between leaves no half file where
-    the file system has hard links.
+    Returns whether it was created.  A crash in between leaves no half file
+    where the file system has hard links.
     """
     temporary = f"{path}.{os.urandom(4).hex()}.new"
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
@@ -2956,9 +3001,11 @@ def copy_new_file(source, path, mode):
 
 
 def create_key_files(directory, random_bytes):
-    """Make a key pair's files unless there are some by now; returns the secret.
+    """Make a key pair's files unless there are some by now; returns the
+    secret.
 
-    Both roles may be started together in one directory: the first one's key wins.
+    Both roles may be started together in one directory: the first one's key
+    wins.
     """
     path = os.path.join(directory, KEY_FILE)
     secret = generate_secret(random_bytes)
@@ -2971,7 +3018,8 @@ def create_key_files(directory, random_bytes):
 
 
 def check_public_file(directory, secret):
-    """Write a missing `id_ed25519.pub`; returns a warning about a wrong one, or ""."""
+    """Write a missing `id_ed25519.pub`; returns a warning about a wrong one,
+    or ""."""
     path = os.path.join(directory, PUBLIC_KEY_FILE)
     public = encode_base64(secret[32:])
     try:
@@ -3016,9 +3064,9 @@ def find_orphaned_store(directory):
 def load_key_files(directory, random_bytes):
     """Load the key pair of `directory`, or make one for a new server.
 
-    Returns (secret, warnings); without `random_bytes` nothing is made, and secret may
-    be None.  KeyTrouble when it cannot be used, or when peers are known here but the
-    key that they trust is gone.
+    Returns (secret, warnings); without `random_bytes` nothing is made, and
+    secret may be None.  KeyTrouble when it cannot be used, or when peers are
+    known here but the key that they trust is gone.
     """
     secret = read_key_file(directory)
     if secret is None:
@@ -3061,10 +3109,11 @@ def plant_key(directory, private, public):
 
 
 def load_server_key(setting, is_relay, directory, random_bytes):
-    """The `ServerKey` that the -k or KEY value asks for; returns (key, warnings).
+    """The `ServerKey` that the -k or KEY value asks for; returns (key,
+    warnings).
 
-    "-" or "_": the pair of the key files, required.  "": the ID server signs with
-    it and admits anybody, the relay asks nothing.  Anything else: see
+    "-" or "_": the pair of the key files, required.  "": the ID server signs
+    with it and admits anybody, the relay asks nothing.  Anything else: see
     `key_from_setting`.
     """
     if setting == "" and is_relay:
@@ -3092,7 +3141,8 @@ def load_server_key(setting, is_relay, directory, random_bytes):
 
 
 class ConfigTrouble(Exception):
-    """A setting that cannot be used; the text tells the operator what to do."""
+    """A setting that cannot be used; the text tells the operator what to
+    do."""
 
 
 class Setting(collections.namedtuple(
@@ -3169,7 +3219,8 @@ def parse_text(text):
 
 
 def parse_host(text):
-    """A host name or address, with or without a port, as clients understand it."""
+    """A host name or address, with or without a port, as clients understand
+    it."""
     host, port = split_host(text)
     if not host or any(c.isspace() or not c.isprintable() for c in host):
         raise ValueError(f"{text!r} is no host or host:port")
@@ -3181,7 +3232,8 @@ def parse_host(text):
 
 
 def split_host(text):
-    """(host, port or None) of host, host:port, [v6]:port or a bare IPv6 address."""
+    """(host, port or None) of host, host:port, [v6]:port or a bare IPv6
+    address."""
     if text.startswith("["):
         host, _, port = text[1:].partition("]")
         if port and not port.startswith(":"):
@@ -3203,7 +3255,8 @@ class RelayEntry(collections.namedtuple("RelayEntry", "name network")):
 
 
 def parse_relays(text):
-    """A list of hosts separated by commas, each perhaps with `NETWORK=` before it."""
+    """A list of hosts separated by commas, each perhaps with `NETWORK=` before
+    it."""
     return tuple(parse_relay(part.strip()) for part in text.split(",") if part.strip())
 
 
@@ -3252,7 +3305,8 @@ def parse_level(text):
     return level
 
 
-#: Reverse proxies run on the server's own machine, unless the operator says else.
+#: Reverse proxies run on the server's own machine, unless the operator says
+#: else.
 TRUST_LOOPBACK = parse_networks("127.0.0.0/8,::1")
 
 
@@ -3369,7 +3423,8 @@ def canonical_name(name):
 
 
 def read_config_text(text, origin):
-    """The (name, value, where it stands) of an INI text before its first section."""
+    """The (name, value, where it stands) of an INI text before its first
+    section."""
     found = []
     for number, line in enumerate(text.splitlines(), 1):
         line = line.strip()
@@ -3388,7 +3443,8 @@ def read_config_text(text, origin):
 
 
 def read_config_file(path, required):
-    """The entries of a configuration file; ConfigTrouble if it can't be read."""
+    """The entries of a configuration file; ConfigTrouble if it can't be
+    read."""
     try:
         with open(path, encoding="utf-8-sig") as file:
             return read_config_text(file.read(), path)
@@ -3403,7 +3459,8 @@ def read_config_file(path, required):
 
 
 class Config:
-    """The settings in force, as attributes, and where each came from (`origins`)."""
+    """The settings in force, as attributes, and where each came from
+    (`origins`)."""
 
     def __init__(self):
         self.warnings = []
@@ -3417,7 +3474,8 @@ class Config:
             self.warnings.append(text)
 
     def apply(self, name, text, origin, strict):
-        """Take a value; ConfigTrouble if it is wrong, a warning if it is unknown."""
+        """Take a value; ConfigTrouble if it is wrong, a warning if it is
+        unknown."""
         row = SETTINGS.get(canonical_name(name))
         if row is None:
             if strict:
@@ -3437,10 +3495,11 @@ class Config:
 
 
 def load_config(role, flags, environment, directory):
-    """The `Config` of a start: environment, `.env`, the -c file and flags, in turn.
+    """The `Config` of a start: environment, `.env`, the -c file and flags, in
+    turn.
 
-    `flags` maps names to texts, `environment` is the process's; `role` is "hbbs",
-    "hbbr" or "both".  ConfigTrouble with a sentence for the operator.
+    `flags` maps names to texts, `environment` is the process's; `role` is
+    "hbbs", "hbbr" or "both".  ConfigTrouble with a sentence for the operator.
     """
     config = Config()
     for name, text in environment.items():
@@ -3484,7 +3543,8 @@ CHANGEABLE = frozenset((
 
 
 class ExpiringTable:
-    """A dictionary that forgets what was not touched for `seconds`, oldest first.
+    """A dictionary that forgets what was not touched for `seconds`, oldest
+    first.
 
     Every entry lives equally long, so the order of insertion is the order of
     expiry, and forgetting costs nothing but what is forgotten.
@@ -3495,14 +3555,16 @@ class ExpiringTable:
     def __init__(self, seconds, capacity=MAX_TABLE_ENTRIES):
         self.seconds = seconds
         self.capacity = capacity
-        # Not a plain dict: one whose first entries were deleted is slow to begin.
+        # Not a plain dict: one whose first entries were deleted is slow to
+        # begin.
         self.entries = collections.OrderedDict()  # key -> (time of touch, value)
 
     def __len__(self):
         return len(self.entries)
 
     def put(self, key, value, now):
-        """Insert or replace; at the cap the oldest entry goes and is returned."""
+        """Insert or replace; at the cap the oldest entry goes and is
+        returned."""
         self.entries.pop(key, None)
         self.entries[key] = (now, value)
         if len(self.entries) > self.capacity:
@@ -3542,10 +3604,11 @@ class ExpiringTable:
 
 
 class Bucket:
-    """Bandwidth as the official relay counts it: a tenth of a second's worth at most.
+    """Bandwidth as the official relay counts it: a tenth of a second's worth
+    at most.
 
-    Filled at `rate` bits per second; who empties it has to wait until it would be
-    full again.
+    Filled at `rate` bits per second; who empties it has to wait until it would
+    be full again.
     """
 
     __slots__ = ("rate", "capacity", "level", "filled")
@@ -3561,7 +3624,8 @@ class Bucket:
         self.capacity = self.rate / 10
 
     def take(self, bits, now):
-        """Take `bits` out; returns the seconds to wait before the next are moved."""
+        """Take `bits` out; returns the seconds to wait before the next are
+        moved."""
         self.level = min(self.capacity, self.level + (now - self.filled) * self.rate)
         self.level -= bits
         self.filled = now
@@ -3573,8 +3637,8 @@ class Bucket:
 class RegistrationLimits:
     """How often ids may be registered, and how many from one place.
 
-    The numbers are the official server's: 30 registrations a minute and 300 ids a
-    day from one address (IPv6: one /64), 3 in six seconds for one id.
+    The numbers are the official server's: 30 registrations a minute and 300
+    ids a day from one address (IPv6: one /64), 3 in six seconds for one id.
     """
 
     PER_ADDRESS, ADDRESS_SECONDS = 30, 60.0
@@ -3616,10 +3680,10 @@ class RegistrationLimits:
 
 # == 10. Peer store ============================================================
 #
-# Which device owns which id, and its key: one JSON object a line, the last line
-# of an id wins.  Lines are appended before the answer that promises them leaves;
-# when more of the file is out of date than in force, it is written anew, in
-# slices, and replaced in one step.
+# Which device owns which id, and its key: one JSON object a line, the last
+# line of an id wins.  Lines are appended before the answer that promises them
+# leaves; when more of the file is out of date than in force, it is written
+# anew, in slices, and replaced in one step.
 #
 # Uses: Constants, Refusals, Frames and addresses, Keys.
 
@@ -3627,9 +3691,10 @@ class RegistrationLimits:
 class Peer:
     """A RustDesk installation: its id, the device that owns it, and its key.
 
-    `ip` is where it last proved its key from; `created` and `seen` are the times of
-    its first registration and, to the hour, of its last, in seconds since 1970.
-    `signed` keeps the signed identity, which is the same for every call.
+    `ip` is where it last proved its key from; `created` and `seen` are the
+    times of its first registration and, to the hour, of its last, in seconds
+    since 1970. `signed` keeps the signed identity, which is the same for every
+    call.
     """
 
     __slots__ = ("peer_id", "device_uuid", "public_key", "ip", "created", "seen",
@@ -3651,7 +3716,8 @@ class Peer:
             other.peer_id, other.device_uuid, other.public_key, other.ip)
 
     def to_line(self, replaces=None):
-        """This peer as a line of the store; `replaces` is the id that it had before.
+        """This peer as a line of the store; `replaces` is the id that it had
+        before.
 
         `check` is the CRC-32 of everything before it, in hexadecimal.
         """
@@ -3665,10 +3731,11 @@ class Peer:
 
 
 def peer_from_line(line):
-    """The `Peer` of a line of the store and the id that it had before, or None.
+    """The `Peer` of a line of the store and the id that it had before, or
+    None.
 
-    ValueError if the line is none of ours, or was damaged; a line without `check` may
-    have been written by hand.
+    ValueError if the line is none of ours, or was damaged; a line without
+    `check` may have been written by hand.
     """
     text, mark, check = line.rpartition(b',"check":"')
     if mark and check.strip() != b'%08x"}' % binascii.crc32(text):
@@ -3699,8 +3766,8 @@ def peer_from_line(line):
 class PeerStore:
     """All known peers in memory, and their file behind them.
 
-    `append` raises OSError when the disk does not take the records: then nothing
-    has changed, in the file or in memory.
+    `append` raises OSError when the disk does not take the records: then
+    nothing has changed, in the file or in memory.
     """
 
     #: Below this size a file is not worth writing anew.
@@ -3720,7 +3787,8 @@ class PeerStore:
         self.compaction = None
 
     def load(self):
-        """Read the file, if there is one; bad lines are passed over and counted."""
+        """Read the file, if there is one; bad lines are passed over and
+        counted."""
         self.file_bytes = self.file_lines = 0
         self.bad_lines, self.torn, self.unended = [], b"", False
         try:
@@ -3762,7 +3830,8 @@ class PeerStore:
             self.unended = False
 
     def keep_bad_lines(self):
-        """Put the lines that could not be read aside, before they are left out."""
+        """Put the lines that could not be read aside, before they are left
+        out."""
         if self.bad_lines:
             flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
             descriptor = os.open(self.path + ".bad", flags, 0o600)
@@ -3770,7 +3839,8 @@ class PeerStore:
                 file.writelines(line for _, _, line in self.bad_lines)
 
     def append(self, records):
-        """Write (peer, replaces) pairs with one call, then let them be in force."""
+        """Write (peer, replaces) pairs with one call, then let them be in
+        force."""
         lines = "".join(itertools.starmap(Peer.to_line, records)).encode("utf-8")
         self.write(lines)
         self.file_lines += len(records)
@@ -3780,7 +3850,8 @@ class PeerStore:
             self.compaction.append(lines, len(records))
 
     def write(self, data):
-        """All of `data` or nothing of it: a half line would spoil the next one."""
+        """All of `data` or nothing of it: a half line would spoil the next
+        one."""
         if self.descriptor is None:
             raise OSError(errno.EBADF, "the store is not open")
         try:
@@ -3794,7 +3865,8 @@ class PeerStore:
         self.unsynced = True
 
     def sync(self):
-        """Make what was appended survive a power cut; may block, for the helper."""
+        """Make what was appended survive a power cut; may block, for the
+        helper."""
         self.unsynced = False
         if self.descriptor is not None:
             getattr(os, "fdatasync", os.fsync)(self.descriptor)
@@ -3823,8 +3895,9 @@ class PeerStore:
 class Compaction:
     """A store being written anew beside its file, a slice at a time.
 
-    `step` until it returns True, then `sync` (which may block), then `finish`.  Any
-    of them may raise OSError: then `abandon`, and the old file stays in force.
+    `step` until it returns True, then `sync` (which may block), then `finish`.
+    Any of them may raise OSError: then `abandon`, and the old file stays in
+    force.
     """
 
     def __init__(self, store):
@@ -3849,7 +3922,8 @@ class Compaction:
         return len(ids) < self.store.SLICE_LINES
 
     def append(self, data, lines):
-        """Records that came meanwhile; a full disk ends the rewriting, no more."""
+        """Records that came meanwhile; a full disk ends the rewriting, no
+        more."""
         try:
             self.write(data, lines)
         except OSError:
@@ -3867,7 +3941,8 @@ class Compaction:
         os.fsync(self.descriptor)
 
     def finish(self):
-        """Replace the old file; returns its descriptor, for the helper to close."""
+        """Replace the old file; returns its descriptor, for the helper to
+        close."""
         self.store.keep_bad_lines()
         os.replace(self.path, self.store.path)
         old, self.store.descriptor = self.store.descriptor, self.descriptor
@@ -3897,8 +3972,8 @@ class DirectoryInUse(Exception):
 def lock_directory(directory, role):
     """Keep a second server of a role out of a state directory.
 
-    Returns the open lock files, which hold while they are open.  An ID server and a
-    relay go side by side.  Raises DirectoryInUse.
+    Returns the open lock files, which hold while they are open.  An ID server
+    and a relay go side by side.  Raises DirectoryInUse.
     """
     names = ("hbbs", "hbbr") if role == "both" else (role,)
     return [lock_role(directory, name) for name in names]
@@ -3938,7 +4013,8 @@ def unlock(locks):
 
 
 def sync_directory(path):
-    """Make a new name in a directory survive a power cut, where that can be asked."""
+    """Make a new name in a directory survive a power cut, where that can be
+    asked."""
     try:
         descriptor = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
     except OSError:
@@ -3969,8 +4045,8 @@ class PunchRecord(collections.namedtuple(
 class Attempts:
     """Counters of every outcome, and the last requests and address changes."""
 
-    #: The official server lists a repetition within a minute only once, and looks
-    #: for it among its last 30 entries.
+    #: The official server lists a repetition within a minute only once, and
+    #: looks for it among its last 30 entries.
     REPEAT_SECONDS, REPEAT_LOOKBACK = 60.0, 30
     KEPT_REQUESTS = 1000
     CHANGES_SECONDS, KEPT_CHANGES, KEPT_ADDRESSES = 360.0, 10_000, 20
@@ -4003,9 +4079,9 @@ class Attempts:
 
 # == 12. Actions ===============================================================
 #
-# What a role can ask for.  Its handlers are generators of these; `Server.perform`
-# carries them out when a handler has finished.  `then` and `otherwise` are called
-# with the time and yield more actions.
+# What a role can ask for.  Its handlers are generators of these;
+# `Server.perform` carries them out when a handler has finished.  `then` and
+# `otherwise` are called with the time and yield more actions.
 #
 # Uses: nothing.
 
@@ -4043,7 +4119,8 @@ class Link:
 
 class Origin(collections.namedtuple(
         "Origin", "listener address link sockaddr datagram")):
-    """Where a message came from: over a link, or as a datagram from a `sockaddr`."""
+    """Where a message came from: over a link, or as a datagram from a
+    `sockaddr`."""
 
     __slots__ = ()
 
@@ -4062,8 +4139,8 @@ Close = collections.namedtuple("Close", "link")
 HangUp = collections.namedtuple("HangUp", "link then")
 #: Move bytes between two links from now on, charged to a session.
 Pair = collections.namedtuple("Pair", "session")
-#: Write a peer to the store, and that it is the one formerly called `replaces`, then
-#: do `then`; if the disk fails, `otherwise`.
+#: Write a peer to the store, and that it is the one formerly called
+#: `replaces`, then do `then`; if the disk fails, `otherwise`.
 Store = collections.namedtuple("Store", "peer replaces then otherwise")
 #: Do `then` in so many seconds.
 Later = collections.namedtuple("Later", "seconds then")
@@ -4075,15 +4152,15 @@ Refuse = collections.namedtuple("Refuse", "refusal text")
 
 # == 13. Rendezvous ============================================================
 #
-# The ID server (hbbs): who is where, and the introduction of an initiator (A in
-# the comments) to its target (B).  A holds a TCP or WebSocket link, B has
+# The ID server (hbbs): who is where, and the introduction of an initiator (A
+# in the comments) to its target (B).  A holds a TCP or WebSocket link, B has
 # registered a route.  We call B over its route; B answers over a link of its
-# own, naming A by the mangled address that we gave it.  Answers count only for a
-# call that is awaited, and nothing a stranger says passes unread: every message
-# is built anew.
+# own, naming A by the mangled address that we gave it.  Answers count only for
+# a call that is awaited, and nothing a stranger says passes unread: every
+# message is built anew.
 #
-# Uses: Constants, Refusals, Messages, Frames and addresses, Keys, Configuration,
-# Limits, Peer store, Attempts, Actions.
+# Uses: Constants, Refusals, Messages, Frames and addresses, Keys,
+# Configuration, Limits, Peer store, Attempts, Actions.
 
 ONLINE, UNREGISTERED = RegisterPeerResponse(), RegisterPeerResponse(request_pk=True)
 Result, Failure = RegisterPkResponse.Result, PunchHoleResponse.Failure
@@ -4093,7 +4170,8 @@ UNKNOWN_ID_TEXT = "ID does not exist"
 OFFLINE_TEXT = "Remote desktop is offline"
 
 
-#: An id that a user may choose, as clients check it, but for letters outside ASCII.
+#: An id that a user may choose, as clients check it, but for letters outside
+#: ASCII.
 NEW_ID = re.compile("[A-Za-z][A-Za-z0-9_-]{5,15}")
 
 
@@ -4113,7 +4191,8 @@ class Call(enum.Enum):
 
 
 class Registration:
-    """A peer's fresh route and when it was seen: datagrams, or a link of its own."""
+    """A peer's fresh route and when it was seen: datagrams, or a link of its
+    own."""
 
     __slots__ = ("address", "sockaddr", "link", "seen", "datagram")
 
@@ -4141,7 +4220,8 @@ class Registration:
 
 
 class Errand:
-    """What a link is for: the answers it awaits, or the peer that registered by it."""
+    """What a link is for: the answers it awaits, or the peer that registered
+    by it."""
 
     __slots__ = ("awaited", "peer_id", "heard", "candidates")
 
@@ -4155,8 +4235,8 @@ class Errand:
 class Awaited:
     """An initiator's request, until its target has answered.
 
-    `token` is the initiator's mangled address with 32 random bits, which only the
-    target learns; an IPv6 address has no room for them.
+    `token` is the initiator's mangled address with 32 random bits, which only
+    the target learns; an IPv6 address has no room for them.
     """
 
     __slots__ = ("link", "peer_id", "token", "call", "relay_server", "udp_port",
@@ -4183,7 +4263,8 @@ def public_ipv6(mangled):
 
 
 def judge_form(request):
-    """The result and refusal for a RegisterPk's form alone; (OK, None) if right."""
+    """The result and refusal for a RegisterPk's form alone; (OK, None) if
+    right."""
     size = len(request.id.encode())
     if size < MIN_ID_BYTES:
         return Result.UUID_MISMATCH, Refusal.ID_TOO_SHORT  # the client makes another id
@@ -4195,10 +4276,12 @@ def judge_form(request):
 
 
 class RelayServers:
-    """The relays that clients are sent to; of several, the healthy ones in turn.
+    """The relays that clients are sent to; of several, the healthy ones in
+    turn.
 
-    An entry may have a network: then it is for initiators in there.  The narrowest
-    network that fits decides; who fits none gets the entries without one.
+    An entry may have a network: then it is for initiators in there.  The
+    narrowest network that fits decides; who fits none gets the entries without
+    one.
     """
 
     def __init__(self, entries):
@@ -4208,11 +4291,11 @@ class RelayServers:
         self.turn = 0
 
     def candidates(self, ip):
-        """The relays for an initiator at `ip` (None: anywhere): the healthy ones, or
-        all that are meant for it when none is.
+        """The relays for an initiator at `ip` (None: anywhere): the healthy
+        ones, or all that are meant for it when none is.
 
-        Who comes from the internet gets no relay that only a local network reaches,
-        if there is another.
+        Who comes from the internet gets no relay that only a local network
+        reaches, if there is another.
         """
         address = ip and ipaddress.ip_address(ip.partition("%")[0])
         fitting = [entry.network for entry in self.entries
@@ -4229,13 +4312,15 @@ class RelayServers:
         return names[self.turn % len(names)] if names else ""
 
     def choose(self, ip=None):
-        """Take the relay whose turn it is; without one clients use our host."""
+        """Take the relay whose turn it is; without one clients use our
+        host."""
         choice = self.next_choice(ip)
         self.turn += 1
         return choice
 
     def on_health(self, healthy):
-        """Take the result of a check; when none answers the list stays as it was."""
+        """Take the result of a check; when none answers the list stays as it
+        was."""
         found = tuple(name for name in self.names if name in healthy)
         self.healthy = found or self.healthy
 
@@ -4282,8 +4367,8 @@ class Rendezvous:
     def on_register_peer(self, request, origin, now):
         """A peer says that it is still there.
 
-        It proves nothing, so it renews a route but never moves one: from anywhere
-        else the peer is asked for its key.
+        It proves nothing, so it renews a route but never moves one: from
+        anywhere else the peer is asked for its key.
         """
         if not request.id:
             return
@@ -4320,10 +4405,11 @@ class Rendezvous:
         yield from self.accept_claim(request, origin, now)
 
     def judge_claim(self, request, origin, now):
-        """The result and refusal for a RegisterPk; (OK, None) if it may register.
+        """The result and refusal for a RegisterPk; (OK, None) if it may
+        register.
 
-        UUID_MISMATCH costs a client its id, so it is said only when the id really
-        is another device's, or too short ever to be used.
+        UUID_MISMATCH costs a client its id, so it is said only when the id
+        really is another device's, or too short ever to be used.
         """
         known = self.unwritten.get(request.id) or self.store.peers.get(request.id)
         result, refusal = judge_form(request)
@@ -4338,8 +4424,9 @@ class Rendezvous:
             return Result.UUID_MISMATCH, Refusal.DEVICE_MISMATCH
         if known is not None and known.public_key != request.pk and (
                 known.ip != ip or known.device_uuid == known.public_key):
-            # A phone's uuid is its public key, which every initiator learns: it
-            # proves nothing.  This answer, unlike UUID_MISMATCH, costs no id.
+            # A phone's uuid is its public key, which every initiator learns:
+            # it proves nothing.  This answer, unlike UUID_MISMATCH, costs no
+            # id.
             return Result.SERVER_ERROR, Refusal.KEY_CHANGED
         if not self.limits.admits_id(request.id, now):
             return Result.TOO_FREQUENT, Refusal.TOO_FREQUENT
@@ -4355,7 +4442,8 @@ class Rendezvous:
             yield from self.record_claim(request, origin, now)
 
     def ask_old_route(self, request, origin, old, now):
-        """A phone appears elsewhere: its uuid is no secret, so ask where it was."""
+        """A phone appears elsewhere: its uuid is no secret, so ask where it
+        was."""
         if request.id in self.moving:
             return
         self.moving[request.id] = False
@@ -4422,8 +4510,8 @@ class Rendezvous:
         yield reply(origin, response)
 
     def watch_gateway(self, ip):
-        """Count the peers at a private address: many there are behind a NAT that we
-        are behind as well, as with Docker's, and not in one place."""
+        """Count the peers at a private address: many there are behind a NAT
+        that we are behind as well, as with Docker's, and not in one place."""
         if is_private(ip) and not ip.startswith("127.") and ip != "::1":
             self.at_address[ip] += 1
             if self.at_address[ip] == GATEWAY_PEERS:
@@ -4456,7 +4544,8 @@ class Rendezvous:
         return link.errand
 
     def keep_link(self, link, now):
-        """From now on a link lives by heartbeats instead of by what it asks."""
+        """From now on a link lives by heartbeats instead of by what it
+        asks."""
         errand = self.errand(link)
         if errand.heard is None:
             self.kept.put(link, None, now)
@@ -4481,7 +4570,8 @@ class Rendezvous:
                 registration.seen = now
 
     def beat(self, link, now):
-        """Once in a while: ask a kept link for a sign of life, or give it up."""
+        """Once in a while: ask a kept link for a sign of life, or give it
+        up."""
         silent = now - link.errand.heard
         if silent < HEARTBEAT_TTL_SECONDS:
             self.kept.put(link, None, now)
@@ -4492,13 +4582,15 @@ class Rendezvous:
             yield Close(link)
 
     def on_health_check(self, request, origin, now):
-        """A session wants to be known to be alive: nothing to do but to keep it."""
+        """A session wants to be known to be alive: nothing to do but to keep
+        it."""
         yield from self.keep_link(origin.link, now)
 
     # -- change of id ----------------------------------------------------------
 
     def on_change_of_id(self, request, origin, now):
-        """A peer wants another id; its device's uuid and its live route prove it."""
+        """A peer wants another id; its device's uuid and its live route prove
+        it."""
         result, refusal = self.judge_change(request, origin, now)
         if refusal is not None:
             text = f"{request.old_id!a} to {request.id!a} from {origin.address}"
@@ -4524,7 +4616,8 @@ class Rendezvous:
         yield Store(peer, request.old_id, written, failed)
 
     def judge_change(self, request, origin, now):
-        """The result and refusal for a change of id; (OK, None) if it may be."""
+        """The result and refusal for a change of id; (OK, None) if it may
+        be."""
         if not NEW_ID.fullmatch(request.id):
             return Result.INVALID_ID_FORMAT, Refusal.BAD_ID
         if not self.limits.admits_address(origin.address.ip, request.id, now):
@@ -4545,7 +4638,8 @@ class Rendezvous:
     # -- questions -------------------------------------------------------------
 
     def on_test_nat_request(self, request, origin, now):
-        """Tell a client the port that it has for us, so that it knows its NAT."""
+        """Tell a client the port that it has for us, so that it knows its
+        NAT."""
         yield Send(origin.link, TestNatResponse(port=origin.address.port))
         yield Close(origin.link)
 
@@ -4570,8 +4664,8 @@ class Rendezvous:
     def on_online_request(self, request, origin, now):
         """Which of these peers are online: a bit each, most significant first.
 
-        The answer is never shorter than the question asks for: clients index it
-        unchecked.
+        The answer is never shorter than the question asks for: clients index
+        it unchecked.
         """
         states = bytearray((len(request.peers) + 7) // 8)
         for i, peer_id in enumerate(request.peers):
@@ -4582,7 +4676,8 @@ class Rendezvous:
             yield Close(origin.link)
 
     def on_http_proxy_request(self, request, origin, now):
-        """A client looks for a web API: there is none, and 404 makes it stop asking."""
+        """A client looks for a web API: there is none, and 404 makes it stop
+        asking."""
         yield Send(origin.link, HttpProxyResponse(status=404))
 
     # -- introductions ---------------------------------------------------------
@@ -4612,7 +4707,8 @@ class Rendezvous:
         yield target.send(self.call_message(request, awaited, target))
 
     def absence(self, peer_id):
-        """Why a peer cannot be reached: (refusal, failure, text for the user)."""
+        """Why a peer cannot be reached: (refusal, failure, text for the
+        user)."""
         if peer_id in self.store.peers:
             return Refusal.OFFLINE, Failure.OFFLINE, OFFLINE_TEXT
         return Refusal.UNKNOWN_ID, Failure.ID_NOT_EXIST, UNKNOWN_ID_TEXT
@@ -4620,14 +4716,15 @@ class Rendezvous:
     def await_answer(self, origin, peer_id, now):
         """The `Awaited` of a link for a peer: the one under way, or a new one.
 
-        A repeats its request while it waits, and B must see the same token then.
-        None when the link asks for too many peers.
+        A repeats its request while it waits, and B must see the same token
+        then. None when the link asks for too many peers.
         """
         link, waiting = origin.link, self.errand(origin.link).awaited
         awaited = waiting.get(peer_id)
         if awaited is None or awaited.answered or not self.awaited.get(awaited.token):
             self.forget_answered(waiting)
-            # An IPv6 token is the address alone, so it can stand for one peer only.
+            # An IPv6 token is the address alone, so it can stand for one peer
+            # only.
             if len(waiting) >= (1 if link.address.is_ipv6 else AWAITED_PER_LINK):
                 return None
             token = self.make_token(link.address)
@@ -4661,7 +4758,8 @@ class Rendezvous:
             del self.intranet[link.address]
 
     def call_message(self, request, awaited, target):
-        """The message that calls B: within its network, by a hole, or to the relay."""
+        """The message that calls B: within its network, by a hole, or to the
+        relay."""
         link, target_ip = awaited.link, target.address.ip
         a_is_local = self.is_local(link.address.ip)
         b_is_local = self.is_local(target_ip)
@@ -4687,14 +4785,16 @@ class Rendezvous:
             upnp_port=request.upnp_port, socket_addr_v6=ipv6))
 
     def usable_udp_port(self, request, link, target, forced):
-        """A's UDP port if B may punch there: as we saw it ourselves, not as A says."""
+        """A's UDP port if B may punch there: as we saw it ourselves, not as A
+        says."""
         tested = self.udp_ports.get(Address(link.address.ip, request.udp_port))
         usable = (tested and not forced and target.link is None
                   and not link.address.is_ipv6 and not target.address.is_ipv6)
         return request.udp_port if usable else 0
 
     def with_offer(self, offer, target, message):
-        """Add A's WebRTC offer, to a datagram only if it stays within one packet."""
+        """Add A's WebRTC offer, to a datagram only if it stays within one
+        packet."""
         message.webrtc_sdp_offer = offer
         if (offer and target.link is None
                 and len(message.encode()) > MAX_SENT_DATAGRAM_BYTES - 4):
@@ -4720,8 +4820,9 @@ class Rendezvous:
     def find_awaited(self, token, peer_id, calls, origin):
         """The request that an answer belongs to, or None.
 
-        Who is called to the relay need not name itself again.  Without random bits in
-        the token (IPv6) the answer must come from where the peer is registered.
+        Who is called to the relay need not name itself again.  Without random
+        bits in the token (IPv6) the answer must come from where the peer is
+        registered.
         """
         awaited = self.awaited.get(token)
         if awaited is None or awaited.call not in calls:
@@ -4733,7 +4834,8 @@ class Rendezvous:
         return awaited
 
     def is_at_home(self, peer_id, ip):
-        """Whether an address is where the peer is registered, or in the same /64."""
+        """Whether an address is where the peer is registered, or in the same
+        /64."""
         registration = self.registrations.get(peer_id)
         return registration is not None and (
             network_key(registration.address.ip) == network_key(ip))
@@ -4766,10 +4868,11 @@ class Rendezvous:
             webrtc_sdp_answer=answer.webrtc_sdp_answer)
 
     def on_punch_hole_sent_by_udp(self, answer, origin, now):
-        """B has opened its NAT for datagrams: it says so three times, A is told once.
+        """B has opened its NAT for datagrams: it says so three times, A is
+        told once.
 
-        A source address is easily forged, so nothing is ever sent back for this; A
-        is told over its own link.
+        A source address is easily forged, so nothing is ever sent back for
+        this; A is told over its own link.
         """
         awaited = self.find_awaited(answer.socket_addr, answer.id, [Call.PUNCH], origin)
         if awaited is not None and awaited.answered:
@@ -4801,7 +4904,8 @@ class Rendezvous:
         yield from self.answer_after_hang_up(awaited, response, origin, text)
 
     def find_intranet(self, address, peer_id, origin):
-        """The request of the initiator at `address` that a LocalAddr belongs to."""
+        """The request of the initiator at `address` that a LocalAddr belongs
+        to."""
         link = self.intranet.get(address)
         for awaited in list(link.errand.awaited.values()) if link else ():
             named = peer_id == awaited.peer_id or not peer_id and self.is_at_home(
@@ -4811,7 +4915,8 @@ class Rendezvous:
         return None
 
     def answer_after_hang_up(self, awaited, response, origin, text):
-        """B listens only when its connection to us has ended; A must not be earlier."""
+        """B listens only when its connection to us has ended; A must not be
+        earlier."""
         awaited.answered = True
 
         def answer(later):
@@ -4842,7 +4947,8 @@ class Rendezvous:
     def on_request_relay(self, request, origin, now):
         """A could not reach B directly: send B to the relay.
 
-        Only what B needs is passed on: A's token, key and permissions stay here.
+        Only what B needs is passed on: A's token, key and permissions stay
+        here.
         """
         target = self.online(request.id, now)
         if target is None:
@@ -4868,7 +4974,8 @@ class Rendezvous:
             secure=request.secure, conn_type=request.conn_type))
 
     def on_ice_candidate(self, candidate, origin, now):
-        """A WebRTC candidate: from A it names B, from B it carries A's token."""
+        """A WebRTC candidate: from A it names B, from B it carries A's
+        token."""
         errand = self.errand(origin.link)
         size = len(candidate.candidate.encode()) + len(candidate.session_key.encode())
         errand.candidates += 1
@@ -4905,9 +5012,9 @@ class Rendezvous:
     def relay_for(self, awaited, relay_server):
         """The relay that A is told: B's choice, as far as A can reach it.
 
-        Old targets name none; then it is the one that we named to them.  Within the
-        network of --mask it is our local address.  An address of B's own network is
-        of no use to an initiator from the internet.
+        Old targets name none; then it is the one that we named to them.
+        Within the network of --mask it is our local address.  An address of
+        B's own network is of no use to an initiator from the internet.
         """
         ip = awaited.link.address.ip
         if not relay_server:
@@ -4936,7 +5043,8 @@ class Rendezvous:
         link.errand = None
 
     def disappoint(self, peer_id):
-        """A peer has gone: who still waits for its answer need not wait in vain."""
+        """A peer has gone: who still waits for its answer need not wait in
+        vain."""
         for _, awaited in list(self.awaited.entries.values()):
             if awaited.peer_id == peer_id and not awaited.answered:
                 self.forget_awaited(awaited)
@@ -4959,7 +5067,8 @@ class Rendezvous:
         self.called.expire(now)
 
     def report_unanswered(self, awaited, now):
-        """The target was called and did not answer: what an operator needs to know."""
+        """The target was called and did not answer: what an operator needs to
+        know."""
         if awaited.answered:
             return
         awaited.answered = True
@@ -5013,8 +5122,8 @@ class Rendezvous:
 class Session:
     """Two paired links: what they may carry, and what they have carried.
 
-    Pipes subtract what they move from `allowance`, in bytes, and call `settle` when
-    it is used up; only then, and once a second, are the buckets charged.
+    Pipes subtract what they move from `allowance`, in bytes, and call `settle`
+    when it is used up; only then, and once a second, are the buckets charged.
     """
 
     __slots__ = ("number", "first", "second", "session_uuid", "started", "bucket",
@@ -5059,7 +5168,8 @@ class Session:
         self.slowed = True
 
     def measure(self, now):
-        """Once a second: the rate since the last time, and whether anything moved."""
+        """Once a second: the rate since the last time, and whether anything
+        moved."""
         passed = now - self.ticked
         moved = self.carried - self.ticked_bytes
         self.ticked, self.ticked_bytes = now, self.carried
@@ -5158,7 +5268,8 @@ class Relay:
             yield from self.review(session, now)
 
     def review(self, session, now):
-        """Downgrade a session that carries too much, end one that carries nothing."""
+        """Downgrade a session that carries too much, end one that carries
+        nothing."""
         config, age = self.config, now - session.started
         if not session.slowed and age > config.downgrade_start_check and (
                 session.carried * 8 / age
@@ -5175,13 +5286,14 @@ class Relay:
 # == 15. Status ================================================================
 #
 # What the running server says about itself: the two text consoles of the
-# official programs, reached from this machine over the ports of the NAT test and
-# of the relay.  They answer questions; they change nothing.  Text in, text out.
+# official programs, reached from this machine over the ports of the NAT test
+# and of the relay.  They answer questions; they change nothing.  Text in, text
+# out.
 #
 # Uses: Constants, Frames and addresses, Limits, Attempts, Rendezvous, Relay.
 
-#: Entries that the official console shows at a time, and the largest number that
-#: it takes for the first of them and not for an id.
+#: Entries that the official console shows at a time, and the largest number
+#: that it takes for the first of them and not for an id.
 CONSOLE_PAGE, CONSOLE_LAST = 10, 10_000_000
 
 
@@ -5196,7 +5308,8 @@ def first_number(words, default):
 
 
 def answer_command(console, words, now):
-    """The reply to a command; "" to an unknown one.  `ReadOnly` for a change."""
+    """The reply to a command; "" to an unknown one. `ReadOnly` for a
+    change."""
     command = console.COMMANDS.get(words[0] if words else "")
     try:
         return command(console, words, now) if command else ""
@@ -5259,7 +5372,8 @@ class RendezvousConsole:
                 f"{len(ids)}/{limits.ids.age(place, now) or 0:.0f}s")
 
     def ip_changes(self, words, now):
-        """Peers that came from several addresses: `id: age {ip: count, ...}`."""
+        """Peers that came from several addresses: `id: age {ip: count,
+        ...}`."""
         changes = self.rendezvous.attempts.changes
         changes.expire(now)
         if len(words) > 2:
@@ -5345,7 +5459,8 @@ class RelayConsole:
         return list_or_member(self.relay.refused, words)
 
     def downgrade_threshold(self, words, now):
-        """The share of the single bandwidth at which a session is downgraded."""
+        """The share of the single bandwidth at which a session is
+        downgraded."""
         refuse_arguments(words)
         return f"{self.relay.config.downgrade_threshold:g}\n"
 
@@ -5375,7 +5490,8 @@ class RelayConsole:
         return "".join(self.usage_line(session, now) for session in sessions)
 
     def usage_line(self, session, now):
-        """One session, by its second link: age, MB, highest, average, current kb/s."""
+        """One session, by its second link: age, MB, highest, average, current
+        kb/s."""
         age, megabytes = now - session.started, session.carried / 1048576
         average = session.carried * 8 / 1000 / age if age > 0 else 0.0
         rates = f"{session.highest:.0f}kb/s {average:.0f}kb/s {session.rate:.0f}kb/s"
@@ -5397,7 +5513,8 @@ class RelayConsole:
 
 
 def list_or_member(addresses, words):
-    """All addresses, one per line, or whether the one asked for is among them."""
+    """All addresses, one per line, or whether the one asked for is among
+    them."""
     if len(words) > 1:
         return f"{str(normalise_ip(words[1]) in addresses).lower()}\n"
     return "".join(f"{ip}\n" for ip in sorted(addresses))
@@ -5406,7 +5523,8 @@ def list_or_member(addresses, words):
 # == 16. Event loop ============================================================
 #
 # What turns: a log, timers, the selector loop, and one helper thread for what
-# blocks (the disk's fdatasync, names).  Nothing here knows what the bytes mean.
+# blocks (the disk's fdatasync, names).  Nothing here knows what the bytes
+# mean.
 #
 # Uses: Constants.
 
@@ -5434,7 +5552,8 @@ class Log:
         self.debugging = self.threshold == 0
 
     def write(self, level, text):
-        """Add a line; control characters are escaped, so that a line stays one line."""
+        """Add a line; control characters are escaped, so that a line stays one
+        line."""
         if self.LEVELS.index(level) < self.threshold:
             return
         second = int(time.time())
@@ -5468,7 +5587,8 @@ class Log:
     def flush(self):
         """Write the lines out; a full disk or a closed pipe stops nothing.
 
-        A reader that has stopped reading does: its pipe is the operator's choice.
+        A reader that has stopped reading does: its pipe is the operator's
+        choice.
         """
         if self.lines:
             data = "".join(self.lines).encode("utf-8", "backslashreplace")
@@ -5524,7 +5644,8 @@ class Timers:
         return max(0.0, self.heap[0][0] - now) if self.heap else None
 
     def due(self, now):
-        """What is due, one action after the other; not what they add meanwhile."""
+        """What is due, one action after the other; not what they add
+        meanwhile."""
         limit = next(self.numbers)
         while self.heap and self.heap[0][0] <= now and self.heap[0][1] < limit:
             action = heapq.heappop(self.heap)[2].action
@@ -5536,8 +5657,8 @@ class Loop:
     """Waits for sockets and timers, and calls what was registered for them.
 
     `on_turn` is called after every turn, `on_fault` with a handler and what it
-    raised.  `now` is the time of this turn, in seconds of a clock that only runs
-    forward.
+    raised.  `now` is the time of this turn, in seconds of a clock that only
+    runs forward.
     """
 
     def __init__(self, on_turn, on_fault):
@@ -5595,8 +5716,8 @@ class Loop:
 class Helper:
     """One thread that does, in order, what would block the loop.
 
-    `run(job, done)` calls `job()` in the thread and then, in the loop, `done` with its
-    result or with the OSError that it raised.
+    `run(job, done)` calls `job()` in the thread and then, in the loop, `done`
+    with its result or with the OSError that it raised.
     """
 
     def __init__(self, loop):
@@ -5617,7 +5738,8 @@ class Helper:
         self.ready.release()
 
     def work(self):
-        """The thread: one job after the other, for as long as the process lives."""
+        """The thread: one job after the other, for as long as the process
+        lives."""
         while True:
             self.ready.acquire()
             job, done = self.jobs.popleft()
@@ -5648,13 +5770,13 @@ class Helper:
 
 # == 17. Connections ===========================================================
 #
-# Sockets.  A `StreamListener` accepts, a `Connection` reads the first bytes, then
-# frames; a paired one is read by a `Pipe` or a `Translation`.  Every socket call
-# of a connection is here.  A connection that shall not be read is not watched: so
-# the kernel's buffers, not ours, hold what nobody takes.
+# Sockets.  A `StreamListener` accepts, a `Connection` reads the first bytes,
+# then frames; a paired one is read by a `Pipe` or a `Translation`.  Every
+# socket call of a connection is here.  A connection that shall not be read is
+# not watched: so the kernel's buffers, not ours, hold what nobody takes.
 #
-# Uses: Constants, Refusals, Messages, Frames and addresses, WebSocket and HTTP,
-# Keys, Configuration, Limits, Actions, Event loop.
+# Uses: Constants, Refusals, Messages, Frames and addresses, WebSocket and
+# HTTP, Keys, Configuration, Limits, Actions, Event loop.
 
 #: Raw bytes of all sessions pass through this buffer; nothing stays in it.
 BUFFER = bytearray(PIPE_BUFFER_BYTES)
@@ -5663,7 +5785,8 @@ BUFFER_VIEW = memoryview(BUFFER)
 RECEIVE_BYTES = 16 * 1024
 #: Python names it from 3.14 on; the number is Linux's.
 IP_PKTINFO = getattr(socket, "IP_PKTINFO", 8)
-#: How soon bytes that were too few are looked at again, at first; then half as often.
+#: How soon bytes that were too few are looked at again, at first; then half as
+#: often.
 LOOK_AGAIN_SECONDS = 0.02
 #: When slow readers hold back more than this in all, reads for them shrink.
 HELD_BUDGET_BYTES = 64 * 1024 * 1024
@@ -5748,9 +5871,10 @@ class DatagramListener:
     def on_events(self, events):
         """Answer what has come.
 
-        Hot path 1: a client's RegisterPeer is the same bytes every time, so the
-        datagram itself finds its registration.  It skips decoding, the handler and
-        its actions: 1.3 times the system calls' own cost instead of 4 times.
+        Hot path 1: a client's RegisterPeer is the same bytes every time, so
+        the datagram itself finds its registration.  It skips decoding, the
+        handler and its actions: 1.3 times the system calls' own cost instead
+        of 4 times.
         """
         receive, send = self.socket.recvfrom, self.socket.sendto
         find, now = self.renewals.get, self.server.loop.now
@@ -5769,7 +5893,8 @@ class DatagramListener:
                 pass  # an error of one datagram, or of its sender, is its own
 
     def send(self, payload, sockaddr):
-        """Send one datagram; if that cannot be, it is lost as datagrams are."""
+        """Send one datagram; if that cannot be, it is lost as datagrams
+        are."""
         try:
             self.socket.sendto(payload, sockaddr)
         except OSError:
@@ -5782,11 +5907,12 @@ class DatagramListener:
 
 
 class MultihomedListener(DatagramListener):
-    """The same on a host with several addresses: an answer leaves from the address
-    that its question came to, or the NAT of a client would not let it in.
+    """The same on a host with several addresses: an answer leaves from the
+    address that its question came to, or the NAT of a client would not let it
+    in.
 
-    What the roles get for a socket address is then a pair: the client's, and the
-    control message that says ours.  It costs a fifth more.
+    What the roles get for a socket address is then a pair: the client's, and
+    the control message that says ours.  It costs a fifth more.
     """
 
     def __init__(self, server, sock, name, renewals):
@@ -5824,7 +5950,8 @@ class MultihomedListener(DatagramListener):
 
 
 def our_address(control):
-    """The control message that makes an answer leave from where its question came to.
+    """The control message that makes an answer leave from where its question
+    came to.
 
     IPv6: address, interface; IPv4: interface, address of ours, address in the
     header.  The interface is left to the routing table.
@@ -5838,7 +5965,8 @@ def our_address(control):
 
 
 def has_several_addresses():
-    """Whether this host can be reached at several addresses, as far as /proc tells."""
+    """Whether this host can be reached at several addresses, as far as /proc
+    tells."""
     try:
         with open("/proc/net/fib_trie", encoding="ascii") as file:
             lines = file.read().split("\n")
@@ -5866,7 +5994,8 @@ class Tls:
         self.context = self.read()
 
     def read(self):
-        """The context of TLS 1.2 and later; OSError or ValueError if it can't be."""
+        """The context of TLS 1.2 and later; OSError or ValueError if it can't
+        be."""
         context = self.ssl.SSLContext(self.ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = self.ssl.TLSVersion.TLSv1_2
         context.load_cert_chain(*self.files, password=lambda: "")
@@ -5877,7 +6006,8 @@ class Tls:
         return [os.stat(path).st_mtime_ns for path in self.files]
 
     def reload(self):
-        """Read the files again; what raises leaves the old certificate in force."""
+        """Read the files again; what raises leaves the old certificate in
+        force."""
         self.read_at = self.changed()
         self.context = self.read()
 
@@ -5888,8 +6018,8 @@ class Tls:
 
 
 class TlsSocket:
-    """A TLS socket that behaves like the others here: it blocks by BlockingIOError,
-    and fills what it is given."""
+    """A TLS socket that behaves like the others here: it blocks by
+    BlockingIOError, and fills what it is given."""
 
     __slots__ = ("ssl", "socket", "on_more")
 
@@ -5903,7 +6033,8 @@ class TlsSocket:
         return self.socket.fileno()
 
     def shake_hands(self):
-        """A step of the handshake; which event the next one waits for, 0 at the end."""
+        """A step of the handshake; which event the next one waits for, 0 at
+        the end."""
         try:
             self.socket.do_handshake()
         except self.ssl.SSLWantReadError:
@@ -6000,7 +6131,8 @@ class Connection(Link):
     # -- state -----------------------------------------------------------------
 
     def become(self, state, reader):
-        """Enter a state, in which `reader` is called when something has come."""
+        """Enter a state, in which `reader` is called when something has
+        come."""
         self.state = state
         self.on_readable = reader
         if self.server.log.debugging:
@@ -6042,7 +6174,8 @@ class Connection(Link):
         self.watch(READ)
 
     def is_alive(self):
-        """Whether its other end has not hung up, as far as the kernel knows."""
+        """Whether its other end has not hung up, as far as the kernel
+        knows."""
         if self.state is not State.WAITING:
             return False
         try:
@@ -6059,7 +6192,8 @@ class Connection(Link):
     # -- reading ---------------------------------------------------------------
 
     def receive(self):
-        """What has come: bytes, b"" at the end, None when there was nothing."""
+        """What has come: bytes, b"" at the end, None when there was
+        nothing."""
         try:
             return self.socket.recv(RECEIVE_BYTES)
         except (BlockingIOError, InterruptedError):
@@ -6095,7 +6229,8 @@ class Connection(Link):
         self.take_in(data)
 
     def look_ahead(self):
-        """Whether what has come is a proxy's header or TLS, and was treated as such.
+        """Whether what has come is a proxy's header or TLS, and was treated as
+        such.
 
         It is only looked at: TLS has to read its own first bytes.
         """
@@ -6113,7 +6248,8 @@ class Connection(Link):
         return kind is not False
 
     def look_again(self):
-        """Too few bytes to tell: they stay where they are until there are more."""
+        """Too few bytes to tell: they stay where they are until there are
+        more."""
         self.watch(self.interest & ~READ)
         delay = LOOK_AGAIN_SECONDS * 2 ** self.looks
         self.looks += 1
@@ -6121,7 +6257,8 @@ class Connection(Link):
                                and self.watch(self.interest | READ))
 
     def on_proxy_bytes(self, data):
-        """Whether a trusted proxy's header has come or is coming; take it in."""
+        """Whether a trusted proxy's header has come or is coming; take it
+        in."""
         kind = is_proxy_header(data)
         try:
             found = parse_proxy_header(data) if kind else None
@@ -6140,7 +6277,8 @@ class Connection(Link):
         return kind is not False
 
     def move_to(self, address):
-        """The client is somewhere else than its connection; whether it may be."""
+        """The client is somewhere else than its connection; whether it may
+        be."""
         self.address = address
         self.proxied = True
         return self.server.admits(self.listener, address)
@@ -6176,7 +6314,8 @@ class Connection(Link):
         self.watch(READ)
 
     def offer_key(self, at_last=False):
-        """Nothing has come: a client that wants a secured connection waits for this.
+        """Nothing has come: a client that wants a secured connection waits for
+        this.
 
         While a peer at this address is called it may only be slow to answer.
         """
@@ -6194,14 +6333,16 @@ class Connection(Link):
             self.write(frame_header(len(payload)) + payload)
 
     def agree(self, message):
-        """The client's part of the key exchange, which must have been offered."""
+        """The client's part of the key exchange, which must have been
+        offered."""
         if self.channel is None:
             raise Refused(Refusal.SECURE_FAILED, "a key exchange that was not offered")
         self.channel.agree(message)
         self.framing.max_size = MAX_SECURED_FRAME_BYTES
 
     def on_nothing(self, data):
-        """There was nothing to read (None), or the other side has ended (b"")."""
+        """There was nothing to read (None), or the other side has ended
+        (b"")."""
         if data is not None:
             self.close()
 
@@ -6226,7 +6367,8 @@ class Connection(Link):
         self.take_in(data)
 
     def on_frame_bytes(self, data):
-        """Cut frames and let the server treat them, as long as it is us that reads."""
+        """Cut frames and let the server treat them, as long as it is us that
+        reads."""
         framing = self.framing
         framing.receive(data)
         while self.state is State.FRAMED:
@@ -6249,7 +6391,8 @@ class Connection(Link):
             self.answer_control(framing)
 
     def answer_control(self, framing):
-        """Send what the WebSocket itself owes: a pong, or the answer to a Close."""
+        """Send what the WebSocket itself owes: a pong, or the answer to a
+        Close."""
         if framing.outgoing:
             outgoing, framing.outgoing = framing.outgoing, b""
             self.write(outgoing)
@@ -6285,7 +6428,8 @@ class Connection(Link):
     # -- HTTP ------------------------------------------------------------------
 
     def on_head_bytes(self, data):
-        """Become a WebSocket when the request head is whole, or say why not."""
+        """Become a WebSocket when the request head is whole, or say why
+        not."""
         self.pending += data
         found = parse_request_head(self.pending)
         if found is None:
@@ -6345,10 +6489,11 @@ class Connection(Link):
         return self.listener in self.server.accepts
 
     def find_client(self, request):
-        """Behind a reverse proxy the headers say who the client is; whether it may be.
+        """Behind a reverse proxy the headers say who the client is; whether it
+        may be.
 
-        All its clients then come from one address, so each gets a port of its own:
-        answers find the right one by it.
+        All its clients then come from one address, so each gets a port of its
+        own: answers find the right one by it.
         """
         ip = header_ip(request, self.server.trusts) if self.trusted else None
         if ip is not None:
@@ -6373,8 +6518,8 @@ class Connection(Link):
     def may_be_command(self, data):
         """Whether an operator on this machine may be typing.
 
-        A frame's first byte behind its header is no printable character, so that
-        clients on this machine are served as well.
+        A frame's first byte behind its header is no printable character, so
+        that clients on this machine are served as well.
         """
         return (self.entrance.has_console and self.address.is_loopback
                 and not self.proxied and not data.translate(None, PRINTABLE))
@@ -6413,7 +6558,8 @@ class Connection(Link):
     # -- writing ---------------------------------------------------------------
 
     def send_payload(self, payload):
-        """Send a payload as one frame or message, while there is a way to do it."""
+        """Send a payload as one frame or message, while there is a way to do
+        it."""
         if self.framing is not None and self.state in (State.FRAMED, State.WAITING):
             if self.channel is not None:
                 payload = self.channel.seal(payload)
@@ -6449,7 +6595,8 @@ class Connection(Link):
     # -- ending ----------------------------------------------------------------
 
     def refuse(self, refused):
-        """The other side sent what cannot be served: say so if we can, and end."""
+        """The other side sent what cannot be served: say so if we can, and
+        end."""
         self.server.refuse(refused.refusal, f"{self.address}: {refused.detail}")
         if self.state is State.HEAD:
             self.write(http_response("400 Bad Request", refused.detail))
@@ -6459,9 +6606,11 @@ class Connection(Link):
         self.end()
 
     def end(self, then=None, survives=False):
-        """End our half, let the other side take what was sent and end too, then close.
+        """End our half, let the other side take what was sent and end too,
+        then close.
 
-        `then` is called when it has ended, or soon; `survives` gives it more time.
+        `then` is called when it has ended, or soon; `survives` gives it more
+        time.
         """
         if self.framing is not None and self.state is not State.ENDING:
             self.write(self.framing.farewell())
@@ -6512,9 +6661,9 @@ class Connection(Link):
 class Pipe:
     """One direction of a session: what `source` sends goes to `sink` at once.
 
-    Hot path 2: no object, no timer and no log line per event; it skips framing and
-    accounts only by a subtraction.  Only what the sink does not take is copied and
-    kept, and then the source is not read until it has left.
+    Hot path 2: no object, no timer and no log line per event; it skips framing
+    and accounts only by a subtraction.  Only what the sink does not take is
+    copied and kept, and then the source is not read until it has left.
     """
 
     __slots__ = ("source", "sink", "session", "server", "receive", "send", "window",
@@ -6589,7 +6738,8 @@ class Pipe:
         self.sink.watch(self.sink.interest | WRITE)
 
     def on_writable(self):
-        """The sink takes more; when it has everything the source is read again."""
+        """The sink takes more; when it has everything the source is read
+        again."""
         try:
             sent = self.send(self.unsent)
         except BlockingIOError:
@@ -6625,7 +6775,8 @@ class Pipe:
             self.source.watch(self.source.interest | READ)
 
     def on_end(self, word):
-        """The source has ended: so does the session, once the sink has everything."""
+        """The source has ended: so does the session, once the sink has
+        everything."""
         if self.unsent is None:
             self.server.end_session(self.session, word, self.source)
         else:
@@ -6647,8 +6798,8 @@ class Pipe:
 class Translation(Pipe):
     """A direction in which messages change their dress.
 
-    Hot path 3: payloads are streamed through a translator, not collected; it skips
-    the framing's whole messages and every object per message.
+    Hot path 3: payloads are streamed through a translator, not collected; it
+    skips the framing's whole messages and every object per message.
     """
 
     __slots__ = ("translator", "said_goodbye")
@@ -6718,7 +6869,8 @@ class Translation(Pipe):
         super().detach()
 
     def say_goodbye(self):
-        """A Close for a WebSocket sink, unless it would stand inside a frame."""
+        """A Close for a WebSocket sink, unless it would stand inside a
+        frame."""
         if not self.said_goodbye and self.unsent is None:
             self.said_goodbye = True
             if self.translator.to_websocket and not self.translator.left:
@@ -6729,8 +6881,8 @@ class Translation(Pipe):
 
 
 def join(session):
-    """Replace the framing of two links by what moves their bytes; what came early
-    is delivered first."""
+    """Replace the framing of two links by what moves their bytes; what came
+    early is delivered first."""
     first, second = session.first, session.second
     early = first.take_early(), second.take_early()
     translated = first.is_websocket or second.is_websocket
@@ -6796,7 +6948,8 @@ class RelayCheck:
 
 
 def resolve_relays(names):
-    """(name, family, sockaddr) of each relay that resolves; blocks, for the helper."""
+    """(name, family, sockaddr) of each relay that resolves; blocks, for the
+    helper."""
     targets = []
     for name in names:
         host, port = split_host(name)
@@ -6922,7 +7075,8 @@ class Server:
         return tls
 
     def check_certificate(self):
-        """Now and then: a new certificate is taken without a word from anybody."""
+        """Now and then: a new certificate is taken without a word from
+        anybody."""
         self.loop.later(CERTIFICATE_CHECK_SECONDS, self.check_certificate)
         try:
             changed = self.tls.changed() != self.tls.read_at
@@ -6935,7 +7089,8 @@ class Server:
                 self.log.error(f"{trouble}; the old one stays in force")
 
     def reload_certificate(self):
-        """Read the certificate again; StartTrouble leaves the old one in force."""
+        """Read the certificate again; StartTrouble leaves the old one in
+        force."""
         try:
             self.tls.reload()
         except (OSError, ValueError) as error:
@@ -6997,7 +7152,8 @@ class Server:
         self.take_handlers(self.relay)
 
     def read_addresses(self, name):
-        """The addresses of one of the official lists, if there is such a file."""
+        """The addresses of one of the official lists, if there is such a
+        file."""
         path = os.path.join(self.directory, name)
         try:
             with open(path, encoding="utf-8") as file:
@@ -7140,7 +7296,8 @@ class Server:
         return self.rendezvous.called.get(ip) is not None
 
     def exchange_key(self):
-        """The key pair for secured connections of this minute; None without a key."""
+        """The key pair for secured connections of this minute; None without a
+        key."""
         key, now = self.rendezvous.key, self.loop.now
         if key.secret is None:
             return None
@@ -7156,7 +7313,8 @@ class Server:
         return self.first_patience
 
     def frame_limits(self, listener):
-        """(largest frame, whether address books may be larger) on a listener."""
+        """(largest frame, whether address books may be larger) on a
+        listener."""
         if listener is Listener.RELAY:
             return MAX_RELAY_REQUEST_BYTES, False
         return MAX_FRAME_BYTES, True
@@ -7178,7 +7336,8 @@ class Server:
             self.refuse(refused.refusal, f"datagram from {address}: {refused.detail}")
 
     def on_frame(self, link, payload):
-        """A frame of a link: decode it and let its role answer; may raise Refused."""
+        """A frame of a link: decode it and let its role answer; may raise
+        Refused."""
         message = decode_message(payload)
         if type(message) is KeyExchange and link.listener is Listener.TCP:
             link.agree(message)
@@ -7307,19 +7466,22 @@ class Server:
     }
 
     def refuse(self, refusal, text):
-        """The one place where a "no" is counted and logged, no more than so often."""
+        """The one place where a "no" is counted and logged, no more than so
+        often."""
         if self.may_log(refusal.value):
             self.log.warn(f"refused, {refusal.value}: {text}")
 
     def may_log(self, word):
-        """Count one more of a word; whether its lines this minute are not too many."""
+        """Count one more of a word; whether its lines this minute are not too
+        many."""
         self.attempts.count(word)
         lines = self.lines_this_minute[word]
         self.lines_this_minute[word] += 1
         return lines < REFUSAL_LINES_PER_MINUTE
 
     def end_session(self, session, word, gone=None):
-        """End both links of a session; `gone` is the one that has ended by itself.
+        """End both links of a session; `gone` is the one that has ended by
+        itself.
 
         What was read has been sent.
         """
@@ -7342,7 +7504,8 @@ class Server:
     # -- the passing of time ---------------------------------------------------
 
     def on_turn(self):
-        """After every turn: records to the disk, then answers; lines to the log."""
+        """After every turn: records to the disk, then answers; lines to the
+        log."""
         while self.stores:
             stores, self.stores = self.stores, []
             self.write_stores(stores)
@@ -7402,7 +7565,8 @@ class Server:
         self.lines_this_minute.clear()
 
     def tend_store(self):
-        """Let appended records reach the disk, and write the file anew when it pays."""
+        """Let appended records reach the disk, and write the file anew when it
+        pays."""
         store = self.store
         if store.unsynced and not self.syncing:
             self.syncing = True
@@ -7415,9 +7579,11 @@ class Server:
             self.begin_compaction()
 
     def save_some_seen(self):
-        """Second by second some of the peers: when they were seen last, to the hour.
+        """Second by second some of the peers: when they were seen last, to the
+        hour.
 
-        A peer that stays costs the disk a line an hour, a peer that is gone nothing.
+        A peer that stays costs the disk a line an hour, a peer that is gone
+        nothing.
         """
         if not self.unsaved:
             self.unsaved = list(self.rendezvous.registrations)
@@ -7425,7 +7591,8 @@ class Server:
         self.save_seen(part)
 
     def save_seen(self, peer_ids):
-        """Store when peers were seen last, an hour or more after what is stored."""
+        """Store when peers were seen last, an hour or more after what is
+        stored."""
         wall, now, before = int(time.time()), self.loop.now, {}
         for peer_id in peer_ids:
             peer = self.store.peers.get(peer_id)
@@ -7454,7 +7621,8 @@ class Server:
         return ", ".join(parts)
 
     def check_store_file(self):
-        """Somebody has replaced or removed the file: ours must be there again."""
+        """Somebody has replaced or removed the file: ours must be there
+        again."""
         store = self.store
         if store.compaction is None and store.is_lost():
             self.log.error(f"{store.path} was removed or replaced under the running "
@@ -7524,7 +7692,8 @@ class Server:
         self.log.error(f"cannot write {self.store.path} anew: {error.strerror}")
 
     def check_relays(self):
-        """Try the relays of the list; names take long, so in a thread of their own."""
+        """Try the relays of the list; names take long, so in a thread of their
+        own."""
         if len(self.rendezvous.relays.names) < 2:
             self.loop.later(RELAY_CHECK_SECONDS, self.check_relays)
             return
@@ -7538,7 +7707,8 @@ class Server:
         RelayCheck(self.loop, targets, self.on_relay_health)
 
     def on_relay_health(self, healthy):
-        """Relays have answered or not: say what changed, and try again in a while."""
+        """Relays have answered or not: say what changed, and try again in a
+        while."""
         self.loop.later(RELAY_CHECK_SECONDS, self.check_relays)
         relays, silent = self.rendezvous.relays, self.silent_relays
         relays.on_health(healthy)
@@ -7554,7 +7724,8 @@ class Server:
         return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(seconds))
 
     def on_fault(self, handler, error):
-        """A fault of ours: log it, end the connection that met it, and live on."""
+        """A fault of ours: log it, end the connection that met it, and live
+        on."""
         import traceback
 
         if self.may_log("fault"):
@@ -7573,7 +7744,8 @@ class Server:
         self.loop.run()
 
     def reload(self, load):
-        """SIGHUP: read again what can change while we run, all of it or nothing.
+        """SIGHUP: read again what can change while we run, all of it or
+        nothing.
 
         `load` gives the `Config` that a start would have now.
         """
@@ -7594,7 +7766,8 @@ class Server:
         self.supervisor.notify("READY=1")
 
     def take_config(self, config):
-        """Let new settings be in force where that can be, and say what changed."""
+        """Let new settings be in force where that can be, and say what
+        changed."""
         for warning in config.warnings:
             self.log.warn(warning)
         changed = [name for name in SETTINGS
@@ -7616,13 +7789,15 @@ class Server:
         self.log.info(f"configuration read again, {len(changed)} settings changed")
 
     def health(self):
-        """One line for who watches over us; no secrets, since anybody may ask."""
+        """One line for who watches over us; no secrets, since anybody may
+        ask."""
         if self.store is not None and self.store.descriptor is None:
             return "degraded: the store cannot be written"
         return "draining" if self.draining else "ok"
 
     def stop(self, reason):
-        """Take no more connections; end when the sessions have, or --drain is over."""
+        """Take no more connections; end when the sessions have, or --drain is
+        over."""
         seconds = self.config.drain
         sessions = len(self.relay.sessions) if self.relay is not None else 0
         self.supervisor.notify("STOPPING=1")
@@ -7639,7 +7814,8 @@ class Server:
         self.loop.later(seconds, self.loop.stop)
 
     def close_store(self):
-        """Let the disk have everything; here, since the helper may be at something."""
+        """Let the disk have everything; here, since the helper may be at
+        something."""
         if self.store.compaction is not None:
             self.store.compaction.abandon()
         try:
@@ -7649,7 +7825,8 @@ class Server:
         self.store.close()
 
     def close(self):
-        """End every session and connection, and let the disk have everything."""
+        """End every session and connection, and let the disk have
+        everything."""
         for listener in self.listeners:
             listener.close()
         if self.relay is not None:
@@ -7690,7 +7867,8 @@ class Supervisor:
                 pass  # it will notice by itself
 
     def beat(self, now, status):
-        """Once a second: the watchdog's sign of life, now and then the status."""
+        """Once a second: the watchdog's sign of life, now and then the
+        status."""
         if self.pause is not None and now - self.beaten >= min(self.pause, 60.0) - 1.0:
             self.beaten = now
             self.notify("WATCHDOG=1")
@@ -7700,7 +7878,8 @@ class Supervisor:
 
 
 def wait_for_key_file(directory):
-    """Let an ID server that is starting beside this relay make the key first."""
+    """Let an ID server that is starting beside this relay make the key
+    first."""
     if not os.path.exists(os.path.join(directory, KEY_FILE)):
         time.sleep(0.3)
 
@@ -7708,8 +7887,8 @@ def wait_for_key_file(directory):
 def prepare(sock, kind, dual):
     """Options that a listening socket needs, and accepted ones inherit.
 
-    Never SO_REUSEPORT: two servers, or a client's own listener, would silently share
-    the port.
+    Never SO_REUSEPORT: two servers, or a client's own listener, would silently
+    share the port.
     """
     sock.setblocking(False)
     if dual:
@@ -7721,7 +7900,8 @@ def prepare(sock, kind, dual):
 
 
 def keep_alive(sock):
-    """Let a listener's connections notice an end that vanished without a word."""
+    """Let a listener's connections notice an end that vanished without a
+    word."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (("TCP_KEEPIDLE", KEEPALIVE_IDLE_SECONDS),
                         ("TCP_KEEPINTVL", KEEPALIVE_INTERVAL_SECONDS),
@@ -7786,9 +7966,9 @@ def holds_inode(pid, inodes):
 
 # == 19. Maintenance ===========================================================
 #
-# What is done to a state directory while no server runs in it: looking, backing
-# up, restoring, moving in from the official server and out again.  Files are
-# replaced in one step or not at all; a key is never written over.
+# What is done to a state directory while no server runs in it: looking,
+# backing up, restoring, moving in from the official server and out again.
+# Files are replaced in one step or not at all; a key is never written over.
 #
 # Uses: Constants, Frames and addresses, Keys, Configuration, Peer store,
 # Connections.
@@ -7841,8 +8021,8 @@ def open_store(directory):
 
 @contextlib.contextmanager
 def open_database(path, mode):
-    """A connection to a database of the official server; MaintenanceTrouble if its
-    statements fail, or if there is no sqlite3 here."""
+    """A connection to a database of the official server; MaintenanceTrouble if
+    its statements fail, or if there is no sqlite3 here."""
     try:
         import sqlite3  # only here: small systems lack it
     except ImportError:
@@ -7864,7 +8044,8 @@ def open_database(path, mode):
 
 
 def import_database(path, store):
-    """Take the peers of the official database over; returns a sentence about it.
+    """Take the peers of the official database over; returns a sentence about
+    it.
 
     Peers that are known here stay as they are, so it may be done again.
     """
@@ -7924,7 +8105,8 @@ def seconds_of_utc(text):
 
 
 def import_directory(source, directory):
-    """Take over key, peers and lists of an official server; sentences about it."""
+    """Take over key, peers and lists of an official server; sentences about
+    it."""
     said = [import_key(source, directory)]
     for name in SLOWED_FILE, REFUSED_FILE:
         said.append(copy_if_missing(os.path.join(source, name),
@@ -7962,7 +8144,8 @@ def import_key(source, directory):
 
 
 def copy_if_missing(source, target):
-    """Copy a small file whole unless its target exists; a sentence about it, or ""."""
+    """Copy a small file whole unless its target exists; a sentence about it,
+    or ""."""
     if os.path.exists(source) and not os.path.exists(target):
         with open(source, "rb") as file:
             mode = 0o600 if target.endswith(KEY_FILE) else 0o644
@@ -7972,7 +8155,8 @@ def copy_if_missing(source, target):
 
 
 def export_official(directory, target):
-    """Write key, peers and lists as the official server keeps them; sentences."""
+    """Write key, peers and lists as the official server keeps them;
+    sentences."""
     database = os.path.join(target, OFFICIAL_STORE_FILE)
     if os.path.exists(database):
         raise MaintenanceTrouble(f"{database} exists and was left alone; name an empty "
@@ -7993,7 +8177,8 @@ def export_official(directory, target):
 
 
 def official_row(peer):
-    """A peer as a row of the official table: guid, id, uuid, pk, created_at, info."""
+    """A peer as a row of the official table: guid, id, uuid, pk, created_at,
+    info."""
     info = json.dumps({"ip": official_ip(peer.ip)}, separators=(",", ":"))
     return (os.urandom(16), peer.peer_id, peer.device_uuid, peer.public_key,
             peer.created, info)
@@ -8008,10 +8193,11 @@ def official_ip(ip):
 
 
 def back_up(directory, path, with_key):
-    """Write key, store and configuration into one new file, mode 0600; what it holds.
+    """Write key, store and configuration into one new file, mode 0600; what it
+    holds.
 
-    A title, then for each file its name, its size and its content; at the end the
-    SHA-256 of all before.
+    A title, then for each file its name, its size and its content; at the end
+    the SHA-256 of all before.
     """
     left_out = () if with_key else (KEY_FILE, PUBLIC_KEY_FILE)
     names = [name for name in BACKUP_FILES if name not in left_out
@@ -8044,7 +8230,8 @@ def Tee(file, digest):
 
 
 def put_file(path, name, put):
-    """A file's part of a backup: as much as it holds now, though it may grow."""
+    """A file's part of a backup: as much as it holds now, though it may
+    grow."""
     with open(path, "rb") as source:
         size = os.fstat(source.fileno()).st_size
         put(f"file {name} {size}\n".encode())
@@ -8058,7 +8245,8 @@ def put_file(path, name, put):
 
 
 def read_backup(path):
-    """{name: (offset, size)} of a backup's files; MaintenanceTrouble if damaged."""
+    """{name: (offset, size)} of a backup's files; MaintenanceTrouble if
+    damaged."""
     files, digest = {}, hashlib.sha256()
     with open(path, "rb") as file:
         line = file.readline(1000)
@@ -8078,9 +8266,10 @@ def read_backup(path):
 
 
 def restore(directory, path, replace_key):
-    """Bring the files of a backup back; what was there is kept as NAME.previous.
+    """Bring the files of a backup back; what was there is kept as
+    NAME.previous.
 
-    Returns the names.  Refuses to put another key in the place of ours.
+    Returns the names. Refuses to put another key in the place of ours.
     """
     files = read_backup(path)
     check_restored_key(directory, path, files, replace_key)
@@ -8111,7 +8300,8 @@ def check_restored_key(directory, path, files, replace_key):
 
 
 def bring_back(path, place, target):
-    """Write one file of a backup beside its place, then put it there in one step."""
+    """Write one file of a backup beside its place, then put it there in one
+    step."""
     temporary = f"{target}.{os.urandom(4).hex()}.new"
     mode = 0o644 if target.endswith((".pub", ".txt")) else 0o600
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
@@ -8355,7 +8545,8 @@ def introduce(server):
 
 
 def catch_signals(server, load):
-    """Stop cleanly when asked to, and read the configuration again by `load`."""
+    """Stop cleanly when asked to, and read the configuration again by
+    `load`."""
     def soon(action):
         server.loop.later(0.0, action)
         server.helper.wake()
@@ -8384,7 +8575,8 @@ def generate_keypair(arguments):
 
 
 def validate_keypair(arguments):
-    """`validatekeypair`: say whether two keys belong together; status 0 if so."""
+    """`validatekeypair`: say whether two keys belong together; status 0 if
+    so."""
     parser = argparse.ArgumentParser(
         prog="rustdesk_server.py validatekeypair",
         description="Say whether a public and a secret key belong together.")
@@ -8416,7 +8608,8 @@ def adopt_official(config, log):
 
 
 def parse_settings(command, description, arguments):
-    """The arguments of a subcommand that looks at the configuration of a role."""
+    """The arguments of a subcommand that looks at the configuration of a
+    role."""
     parser = argparse.ArgumentParser(
         prog=f"rustdesk_server.py {command}", description=description,
         allow_abbrev=False)
@@ -8543,7 +8736,8 @@ def keep_standard_descriptors():
 
 
 def main(arguments):
-    """Run the subcommand named first, or both roles; returns the exit status."""
+    """Run the subcommand named first, or both roles; returns the exit
+    status."""
     keep_standard_descriptors()
     if arguments and arguments[0] in COMMANDS:
         if hasattr(signal, "SIGPIPE") and arguments[0] not in ROLES:

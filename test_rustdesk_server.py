@@ -8195,6 +8195,31 @@ def test_start_tells_the_key_and_what_to_type_into_a_client(server):
     assert server.public_key in server.log()
     assert "21116" in server.log() or str(server.ports["rendezvous"]) in server.log()
 
+def send_from_port_zero(server, source_ip, payload):
+    """A datagram whose source port is 0, which only a raw socket can send."""
+    try:
+        raw = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_UDP)
+    except PermissionError:
+        pytest.skip("needs root")
+    with raw:
+        raw.bind((source_ip, 0))
+        head = struct.pack(">HHHH", 0, server.ports["rendezvous"], 8 + len(payload), 0)
+        raw.sendto(head + payload, ("127.0.0.1", 0))
+
+
+@linux_only
+def test_datagram_from_port_zero_is_dropped(server):
+    """Nothing can be sent back there (chapter 9 row 30)."""
+    with Peer(server).registered() as peer:
+        for kind in ("register_peer", "register_pk"):
+            fields = dict(id=peer.peer_id)
+            if kind == "register_pk":
+                fields.update(uuid=peer.device_uuid, pk=bytes(peer.key.verify_key))
+            send_from_port_zero(server, peer.ip, message(kind, **fields))
+        assert not peer.renew()
+        assert is_reached_at(server, peer)
+
+
 # -- secured connections (protocol 7.2) --
 
 
