@@ -28,8 +28,9 @@ It needs Python 3.9 and nothing else; PyNaCl, where it is installed, signs faste
 The life of one connection, in ten lines:
 
  1. A `StreamListener` accepts it; a `Connection` waits for its first bytes.
- 2. They tell the transport: `GET ` is WebSocket, anything else RustDesk frames (or,
-    from this machine on two of the ports, an operator's text command).
+ 2. They tell the transport: a proxy's header, TLS, HTTP that becomes a
+    WebSocket, RustDesk frames, or (from this machine, on two of the ports) an
+    operator's text command.  Behind a header or TLS it begins again.
  3. A framing cuts the bytes into frames; the server decodes each into a message.
  4. `ACCEPTS` names the handler of that message on that listener, or there is none.
  5. The handler, a pure generator of `Rendezvous` or `Relay`, checks, changes its
@@ -47,9 +48,9 @@ The sections, each using only those above it (its last banner line says which):
      2 Refusals              9 Limits               16 Event loop
      3 Wire format          10 Peer store           17 Connections
      4 Messages             11 Attempts             18 Server
-     5 Frames and addresses 12 Actions              21 Command line
-     6 WebSocket and HTTP   13 Rendezvous
-     7 Keys                 14 Relay                19 Maintenance
+     5 Frames and addresses 12 Actions              19 Maintenance
+     6 WebSocket and HTTP   13 Rendezvous           21 Command line
+     7 Keys                 14 Relay
 
 Sections 3 to 15 do no input or output but reading and writing their own files (7, 8,
 10): no sockets, no clock, no randomness.  `grep -n '^# ==' rustdesk_server.py` prints
@@ -217,6 +218,8 @@ MAX_HOST_BYTES = 262
 #: Raw sessions are moved by one buffer of this size; WebSocket ones in pieces
 #: that stay in the processor's cache, since every byte of them is worked on.
 PIPE_BUFFER_BYTES = 1024 * 1024
+#: However slow a session shall be, a packet is read at once.
+MIN_READ_BYTES = 1500
 TRANSLATION_BYTES = 64 * 1024
 
 #: Accepts and datagrams taken per readiness, so that neither starves the
@@ -5126,14 +5129,13 @@ class Session:
     when it is used up; only then, and once a second, are the buckets charged.
     """
 
-    __slots__ = ("number", "first", "second", "session_uuid", "started", "bucket",
+    __slots__ = ("number", "first", "second", "started", "bucket",
                  "total", "allowance", "granted", "carried", "slowed", "rate",
                  "highest", "ticked", "ticked_bytes", "active")
 
-    def __init__(self, number, first, second, session_uuid, bucket, total, now):
+    def __init__(self, number, first, second, bucket, total, now):
         self.number = number
         self.first, self.second = first, second
-        self.session_uuid = session_uuid
         self.started = self.ticked = self.active = now
         self.bucket, self.total = bucket, total
         self.allowance = self.granted = 0
@@ -5144,14 +5146,15 @@ class Session:
 
     def grant(self):
         """Let some bytes pass before the buckets are asked again."""
+        # In bytes a sixteenth of a bucket, which is a tenth of a second's bits.
         smaller = min(self.bucket.capacity, self.total.capacity)
-        self.allowance = self.granted = max(1, int(smaller) // 128)
+        self.allowance = self.granted = max(1, int(smaller) // 8 // 16)
 
     @property
     def window(self):
         """How much to read at once, so that a slow session flows evenly."""
         smaller = min(self.bucket.capacity, self.total.capacity)
-        return max(1500, min(PIPE_BUFFER_BYTES, int(smaller) // 8))
+        return max(MIN_READ_BYTES, min(PIPE_BUFFER_BYTES, int(smaller) // 8))
 
     def settle(self, now):
         """Charge what was moved; returns the seconds until more may be."""
@@ -5225,8 +5228,8 @@ class Relay:
     def pair(self, first, second, request, now):
         """Both ends are there: from now on they belong to a session."""
         bucket = Bucket(self.config.single_bandwidth, now)
-        session = Session(next(self.numbers), first, second, request.uuid, bucket,
-                          self.total, now)
+        session = Session(
+            next(self.numbers), first, second, bucket, self.total, now)
         if first.address.ip in self.slowed or second.address.ip in self.slowed:
             session.slow_down(Bucket(self.config.limit_speed, now))
         self.sessions[session.number] = session
@@ -5844,8 +5847,11 @@ class StreamListener:
     def rest(self, error):
         """Out of descriptors or memory: accept nothing for a second."""
         loop = self.server.loop
-        self.server.log.error(f"cannot accept on {self.address}: {error.strerror}; "
-                              "raise the limit of open files (ulimit -n)")
+        if self.server.may_log("no-descriptor"):
+            remedy = "; raise the limit of open files (ulimit -n)"
+            self.server.log.error(
+                f"cannot accept on {self.address}: {error.strerror}"
+                f"{remedy if error.errno in (errno.EMFILE, errno.ENFILE) else ''}")
         loop.change(self.socket, READ, 0, self.on_events)
         loop.later(1.0, lambda: self.socket.fileno() >= 0 and loop.watch(
             self.socket, READ, self.on_events))
@@ -6963,17 +6969,15 @@ def resolve_relays(names):
     return targets
 
 
-def own_address(ip_version=4):
+def own_address():
     """The address that this machine would reach the internet from, or "".
 
     Connecting a UDP socket sends nothing.
     """
-    family = socket.AF_INET if ip_version == 4 else socket.AF_INET6
-    target = "192.0.2.1" if ip_version == 4 else "2001:db8::1"
     try:
-        with socket.socket(family, socket.SOCK_DGRAM) as sock:
-            sock.connect((target, 9))
-            return normalise_ip(sock.getsockname()[0])
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            sock.connect(("192.0.2.1", 9))
+            return sock.getsockname()[0]
     except OSError:
         return ""
 
@@ -7356,7 +7360,7 @@ class Server:
         """An empty frame, or a message that this listener does not take."""
         if link.listener is Listener.RELAY:
             raise Refused(Refusal.NO_RELAY_REQUEST, "the first frame was another")
-        if link.errand is not None:
+        if not payload and link.errand is not None:
             self.rendezvous.on_empty_frame(link, self.loop.now)
         if payload:
             if message is None:
@@ -8206,7 +8210,7 @@ def back_up(directory, path, with_key):
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         with open(descriptor, "wb") as file:
-            put = Tee(file, digest)
+            put = writer_into(file, digest)
             put(f"{BACKUP_TITLE}\n".encode())
             for name in names:
                 put_file(os.path.join(directory, name), name, put)
@@ -8220,7 +8224,7 @@ def back_up(directory, path, with_key):
     return names
 
 
-def Tee(file, digest):
+def writer_into(file, digest):
     """A function that writes bytes to a file and to a digest."""
     def put(data):
         file.write(data)
@@ -8479,6 +8483,7 @@ def run_role(command, arguments):
     def load():
         return load_config(role, flags, os.environ, ".")
 
+    log = None
     try:
         config = load()
         log = open_log(config)
@@ -8491,6 +8496,8 @@ def run_role(command, arguments):
         server = Server(config, role, ".", log)
         server.open_listeners()
     except (ConfigTrouble, KeyTrouble, StartTrouble, DirectoryInUse) as trouble:
+        if log is not None:
+            log.flush()
         raise SystemExit(f"rustdesk_server: {trouble}") from None
     introduce(server)
     catch_signals(server, load)

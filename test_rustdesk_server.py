@@ -20,7 +20,7 @@
 
 The sections are those of rustdesk_server.py, in its order, after the harness and
 the clients and before the house and the fuzz.  What is tested through sockets is
-tested from protocol.md alone: the clients have their own framing and addresses,
+tested from the protocol alone: the clients have their own framing and addresses,
 and google.protobuf for their messages.
 
 RUSTDESK_SERVER names another file to test than the one beside this file.
@@ -45,6 +45,7 @@ import select
 import shutil
 import signal
 import socket
+import sqlite3
 import ssl
 import stat
 import statistics
@@ -195,7 +196,7 @@ DEADLINE_SECONDS = 10.0
 #: A server that does not start in this time will not.
 START_SECONDS = 20.0
 
-#: What OpenWrt's python3-light leaves out (house.md 2).
+#: What OpenWrt's python3-light leaves out.
 PYTHON3_LIGHT_LACKS = (
     "asyncio", "ctypes", "_ctypes", "decimal", "_decimal", "email", "logging",
     "multiprocessing", "_multiprocessing", "sqlite3", "_sqlite3", "_ssl",
@@ -471,7 +472,7 @@ def free_ports(count):
 
 # == Simulated clients =========================================================
 #
-# A stock client by protocol.md, with nothing of the server's code: the target
+# A stock client by the protocol, with nothing of the server's code: the target
 # (B, `Peer`) that registers and answers, the initiator (A, `Initiator`) that
 # dials, the two kinds of link they use, and the session between them.  The
 # messages are google.protobuf classes compiled from the SCHEMA text.
@@ -2251,7 +2252,7 @@ def test_proto_gen_runs_as_a_command(target):
 
 # == 5. Frames and addresses ===================================================
 
-#: protocol.md 4.3: ip, port, nonce, mangled form.
+#: protocol 4.3: ip, port, nonce, mangled form.
 MANGLED = [
     ("192.168.16.32", 21116, 0x12345678, "f4a8f0ac682470fe8964"),
     ("1.2.3.4", 5, 0, "05000000000002040608"),
@@ -2271,7 +2272,7 @@ MANGLED = [
     ("198.51.100.7", 51000, 0x01020304, "3cca080604029" "46dcc10"),
 ]
 
-#: protocol.md 4.3: what clients make of bytes that no encoder writes.
+#: protocol 4.3: what clients make of bytes that no encoder writes.
 WRAPPING = [
     ("", "0.0.0.0", 0),
     ("01", "0.0.0.0", 1),
@@ -3290,7 +3291,7 @@ def test_proxy_headers_with_a_wrong_port_are_refused(ports):
 
 # == 7. Keys ===================================================================
 
-#: protocol.md, appendix C.
+#: protocol, appendix C.
 SEED = bytes(range(32))
 SECRET_TEXT = ("AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8DoQe/884Qvh1w"
                "3RjnS8CZZ+TWMJulDV8d3IZkElUxuA==")
@@ -3608,7 +3609,7 @@ def test_empty_store_does_not_stop_the_start(tmp_path):
     assert (tmp_path / "id_ed25519").exists()
 
 
-# -- every form of -k (protocol.md 6.2) --------------------------------------------
+# -- every form of -k (protocol 6.2) --------------------------------------------
 
 
 @pytest.mark.parametrize("is_relay", [False, True])
@@ -4746,7 +4747,7 @@ def to_b(message, place=B_PLACE):
     return SendDatagram(tuple(place), message)
 
 
-# -- registration (protocol.md 5.1) ------------------------------------------------
+# -- registration (protocol 5.1) ------------------------------------------------
 
 
 def test_unknown_peer_is_asked_for_its_key_and_not_remembered():
@@ -4975,7 +4976,7 @@ def test_answers_to_datagrams_are_no_longer_than_questions():
                 assert len(answer) <= len(question)
 
 
-# -- registration over a link (protocol.md 7.1, 7.4) -------------------------------
+# -- registration over a link (protocol 7.1, 7.4) -------------------------------
 
 
 @pytest.mark.parametrize("listener", [Listener.TCP, Listener.WEBSOCKET])
@@ -5053,7 +5054,7 @@ def test_refused_link_is_told_and_not_kept():
     assert len(world.role.kept) == 0
 
 
-# -- change of id (protocol.md 7.15) -----------------------------------------------
+# -- change of id (protocol 7.15) -----------------------------------------------
 
 
 def renamed(world, new_id="new-id", old_id=B_ID, uuid=DEVICE, place=B_STREAM, now=NOW):
@@ -5118,7 +5119,7 @@ def test_full_disk_leaves_the_id_as_it_was():
     assert world.role.online(B_ID, NOW)
 
 
-# -- questions (protocol.md 5.2, 5.3, 7.6) -----------------------------------------
+# -- questions (protocol 5.2, 5.3, 7.6) -----------------------------------------
 
 
 @pytest.mark.parametrize("listener", [Listener.TCP, Listener.NAT_TEST])
@@ -5181,7 +5182,7 @@ def test_every_listener_accepts_what_chapter_7_20_says():
         Listener.NAT_TEST: {"TestNatRequest", "OnlineRequest"}}
 
 
-# -- hole punching (protocol.md 5.4, 5.8, 5.13) ------------------------------------
+# -- hole punching (protocol 5.4, 5.8, 5.13) ------------------------------------
 
 
 def test_wrong_key_is_refused_before_the_id_is_looked_at():
@@ -5378,7 +5379,7 @@ def test_table_of_awaited_answers_is_bounded():
     assert world.after(hung_up)[0].link is links[-1].link
 
 
-# -- relay instead of a hole (protocol.md 5.4.1, 8.6, 8.8) -------------------------
+# -- relay instead of a hole (protocol 5.4.1, 8.6, 8.8) -------------------------
 
 
 def forced(**changes):
@@ -5500,7 +5501,7 @@ def test_relay_of_the_targets_choice_is_told_except_in_the_local_network(place, 
         assert answered.message.relay_server == expected
 
 
-# -- same intranet (protocol.md 5.5) -----------------------------------------------
+# -- same intranet (protocol 5.5) -----------------------------------------------
 
 NEIGHBOUR = Address(B_PLACE.ip, 51000)
 LOCAL = rustdesk_server.mangle(Address("10.1.2.3", 40001), 0xABCDEF)
@@ -5571,7 +5572,7 @@ def test_neighbours_answer_counts_once_and_not_after_they_left():
     assert world.role.intranet == {}
 
 
-# -- relay (protocol.md 5.6, 5.7) --------------------------------------------------
+# -- relay (protocol 5.6, 5.7) --------------------------------------------------
 
 
 def test_target_may_answer_with_the_relay():
@@ -5658,7 +5659,7 @@ def test_long_relay_name_does_not_blow_up_the_datagram():
                 assert len(rustdesk_server.encode_message(action.message)) < 1200
 
 
-# -- IPv6 (protocol.md 4.5, 7.7) ---------------------------------------------------
+# -- IPv6 (protocol 4.5, 7.7) ---------------------------------------------------
 
 
 def on_ipv6():
@@ -5720,7 +5721,7 @@ def test_neighbours_get_each_others_ipv6_address():
     assert sent.message.socket_addr_v6 == GLOBAL_V6
 
 
-# -- UDP hole punching (protocol.md 7.6) -------------------------------------------
+# -- UDP hole punching (protocol 7.6) -------------------------------------------
 
 
 def udp_test(world, port=52000, place=A_PLACE, now=NOW):
@@ -5956,7 +5957,7 @@ def test_mixed_tunnel_is_reported_whichever_end_comes_first():
             assert world.come(second[0], **second[1])[:-1] == words
 
 
-# -- bandwidth (protocol.md 5.9.4) -------------------------------------------------
+# -- bandwidth (protocol 5.9.4) -------------------------------------------------
 
 
 def test_session_waits_when_its_bucket_is_empty():
@@ -6320,7 +6321,7 @@ def test_lines_below_the_level_are_not_written():
 #
 # Everything here goes through real sockets: 127.0.0.1, 127.0.0.2 and so on are
 # different addresses, so a client that needs one of its own takes a new one.
-# Nothing that follows is known but protocol.md and the log's "listening on".
+# Nothing that follows is known but the protocol and the log's "listening on".
 
 # -- whole sessions: two stock clients, every way they can meet --
 
@@ -11382,6 +11383,237 @@ def test_browser_registers_asks_dials_and_relays(open_server, way, tmp_path, req
     page = browser_page(open_server, scheme, address)
     assert run_in_browser(page, tmp_path) == BROWSER_SAYS
 
+# == 19. Maintenance ===========================================================
+#
+# The subcommands as their user runs them, in a directory of the test's own; the
+# official database is made here from its description in the protocol, appendix D.
+
+
+def maintain(directory, *arguments, **environment):
+    """Run a subcommand in a directory; (status, everything it printed)."""
+    done = subprocess.run(
+        server_command(list(arguments)), cwd=str(directory), text=True,
+        env=clean_environment(**environment), stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, timeout=60)
+    assert "Traceback" not in done.stdout, done.stdout
+    return done.returncode, done.stdout
+
+
+def official_home(folder, rows):
+    """Key, lists and database as the official server leaves them."""
+    folder.mkdir()
+    written(folder, "id_ed25519", SECRET_TEXT).chmod(0o600)
+    written(folder, "id_ed25519.pub", PUBLIC_TEXT)
+    written(folder, "blocklist.txt", "203.0.113.9 für immer\n")
+    database = sqlite3.connect(folder / "db_v2.sqlite3")
+    database.execute(
+        "CREATE TABLE peer (guid BLOB PRIMARY KEY NOT NULL, id VARCHAR(100) NOT NULL, "
+        "uuid BLOB NOT NULL, pk BLOB NOT NULL, created_at DATETIME NOT NULL "
+        "DEFAULT(current_timestamp), user BLOB, status TINYINT, note VARCHAR(300), "
+        "info TEXT NOT NULL) WITHOUT ROWID")
+    database.executemany(
+        "INSERT INTO peer (guid, id, uuid, pk, created_at, info) VALUES (?,?,?,?,?,?)",
+        [(os.urandom(16), *row) for row in rows])
+    database.commit()
+    database.close()
+    return folder
+
+
+OFFICIAL_ROWS = [
+    ("111111111", b"uuid-1", b"\1" * 32, "2024-02-29 12:00:01",
+     '{"ip":"::ffff:198.51.100.7"}'),
+    ("gerät-2", b"uuid-2", b"\2" * 32, "2026-01-01 00:00:00", '{"ip":"2001:db8::5"}'),
+    ("333333333", b"uuid-3", b"short", "2026-01-01 00:00:00", "{}"),
+]
+
+
+def official_rows(folder):
+    """The rows of an official database, but for their random guid."""
+    with contextlib.closing(sqlite3.connect(folder / "db_v2.sqlite3")) as database:
+        query = "SELECT id, uuid, pk, created_at, info FROM peer"
+        return sorted(database.execute(query))
+
+
+def test_official_data_is_taken_over_and_given_back(tmp_path):
+    source = official_home(tmp_path / "official", OFFICIAL_ROWS)
+    ours = tmp_path / "ours"
+    ours.mkdir()
+    status, said = maintain(ours, "import", str(source))
+    assert status == 0 and "2 imported" in said
+    assert "1 skipped for a key that is not 32 bytes" in said
+    assert "2 known already" in maintain(ours, "import", str(source))[1]
+    assert maintain(ours, "export-official", str(tmp_path / "back"))[0] == 0
+    assert official_rows(tmp_path / "back") == sorted(OFFICIAL_ROWS[:2])
+    for name in ("id_ed25519", "id_ed25519.pub", "blocklist.txt"):
+        assert (tmp_path / "back" / name).read_bytes() == (source / name).read_bytes()
+
+
+def test_start_in_an_official_directory_takes_its_peers_over(tmp_path):
+    source = official_home(tmp_path / "official", OFFICIAL_ROWS)
+    with ServerProcess(directory=str(source)) as server:
+        assert "imported" in server.log() and "2 peers known" in server.log()
+        assert server.read("id_ed25519.pub") == PUBLIC_TEXT
+
+
+def test_database_that_is_none_is_refused_and_tried_again(tmp_path):
+    source = official_home(tmp_path / "official", [])
+    (source / "db_v2.sqlite3").write_bytes(b"no database at all, but long enough" * 50)
+    with ServerProcess(directory=str(source)) as server:
+        assert "is not imported" in server.log()
+        server.terminate()
+        server.start()
+
+
+def test_another_key_is_not_imported(tmp_path):
+    source = official_home(tmp_path / "official", [])
+    ours = tmp_path / "ours"
+    ours.mkdir()
+    with ServerProcess(directory=str(ours)) as server:
+        server.terminate()
+        key = server.read("id_ed25519")
+        status, said = maintain(ours, "import", str(source))
+        assert (status, server.read("id_ed25519")) == (1, key) and "another key" in said
+
+
+def test_backup_brings_everything_back(tmp_path):
+    source = tmp_path / "a"
+    source.mkdir()
+    written(source, "id_ed25519", SECRET_TEXT).chmod(0o600)
+    opened(source / "peers.jsonl").append([(peer("123456789", 1), None)])
+    written(source, ".env", "idle-limit = 77\n")
+    assert maintain(source, "backup", str(tmp_path / "saved"))[0] == 0
+    assert stat.S_IMODE((tmp_path / "saved").stat().st_mode) == 0o600
+    there = tmp_path / "b"
+    there.mkdir()
+    assert maintain(there, "restore", str(tmp_path / "saved"))[0] == 0
+    for name in ("id_ed25519", "peers.jsonl", ".env"):
+        assert (there / name).read_bytes() == (source / name).read_bytes()
+
+
+def test_damaged_backup_restores_nothing(tmp_path):
+    written(tmp_path, "id_ed25519", SECRET_TEXT).chmod(0o600)
+    maintain(tmp_path, "backup", "saved")
+    data = bytearray((tmp_path / "saved").read_bytes())
+    there = tmp_path / "there"
+    there.mkdir()
+    for damaged in (data[:-80], data[:40] + b"x" + data[41:], b"", b"other"):
+        written(tmp_path, "damaged", bytes(damaged))
+        status, said = maintain(there, "restore", str(tmp_path / "damaged"))
+        assert status == 1 and ("damaged" in said or "no backup" in said)
+        assert not (there / "id_ed25519").exists()
+
+
+def test_restore_puts_no_other_key_in_the_place_of_ours(tmp_path):
+    written(tmp_path, "id_ed25519", SECRET_TEXT).chmod(0o600)
+    maintain(tmp_path, "backup", "saved")
+    there = tmp_path / "there"
+    there.mkdir()
+    other = rustdesk_server.encode_base64(rustdesk_server.generate_secret(os.urandom))
+    written(there, "id_ed25519", other).chmod(0o600)
+    status, said = maintain(there, "restore", str(tmp_path / "saved"))
+    assert (status, (there / "id_ed25519").read_text()) == (1, other)
+    assert "another key" in said
+    assert maintain(there, "restore", "--replace-key", str(tmp_path / "saved"))[0] == 0
+    assert (there / "id_ed25519").read_text() == SECRET_TEXT
+    assert (there / "id_ed25519.previous").read_text() == other
+
+
+def test_backup_without_the_key_leaves_ours_alone(tmp_path):
+    written(tmp_path, "id_ed25519", SECRET_TEXT).chmod(0o600)
+    maintain(tmp_path, "backup", "saved", "--no-key")
+    assert SECRET_TEXT not in (tmp_path / "saved").read_text()
+
+
+def test_running_server_keeps_others_out_of_its_directory():
+    with ServerProcess() as server:
+        status, said = maintain(server.directory, "-p", "0", "-b", "127.0.0.1")
+        assert status == 1 and f"pid {server.process.pid}" in said
+        assert maintain(server.directory, "backup", "saved")[0] == 0
+        status, said = maintain(server.directory, "restore", "saved")
+        assert status == 1 and f"pid {server.process.pid}" in said
+
+
+def test_relay_and_id_server_share_a_directory():
+    with ServerProcess(role="hbbs") as server:
+        with ServerProcess(role="hbbr", directory=server.directory):
+            assert server.is_running()
+            os.makedirs(server.directory, exist_ok=True)
+
+
+def test_check_writes_nothing_and_says_what_would_start(tmp_path):
+    status, said = maintain(tmp_path, "check", "--json")
+    assert status == 0 and "no key yet" in json.loads(said)["facts"]["hbbs key"]
+    written(tmp_path, "id_ed25519", "damaged").chmod(0o600)
+    status, said = maintain(tmp_path, "check")
+    assert status == 1 and "holds no usable key" in said
+    assert os.listdir(tmp_path) == ["id_ed25519"]
+
+
+def test_config_tells_where_a_setting_came_from(tmp_path):
+    written(tmp_path, ".env", "idle_limit = 60\n")
+    status, said = maintain(
+        tmp_path, "config", "--json", "--drain", "9", MASK="10.0.0.0/8")
+    rows = {row["name"]: (row["value"], row["origin"]) for row in json.loads(said)}
+    assert status == 0
+    assert rows["idle-limit"] == ("60", "./.env line 1")
+    assert rows["drain"] == ("9", "flag --drain")
+    assert rows["mask"] == ("10.0.0.0/8", "environment variable MASK")
+    assert rows["bind"] == ("", "default")
+
+
+def test_reload_takes_what_can_change_and_names_what_waits():
+    with ServerProcess() as server:
+        path = os.path.join(server.directory, ".env")
+        with open(path, "w", encoding="utf-8") as file:
+            file.write("always-use-relay = Y\nrmem = 100000\n")
+        server.process.send_signal(signal.SIGHUP)
+        server.wait_for_log("changed: always-use-relay")
+        server.wait_for_log("rmem changes with the next start")
+        with open(path, "w", encoding="utf-8") as file:
+            file.write("idle-limit = soon\n")
+        server.process.send_signal(signal.SIGHUP)
+        server.wait_for_log("nothing is changed: idle-limit = 'soon'")
+
+
+def test_sessions_may_end_by_themselves_after_sigterm():
+    with ServerProcess("--drain", "20") as server:
+        one, two = open_pair(server, "tcp", "tcp")
+        server.process.send_signal(signal.SIGTERM)
+        server.wait_for_log("1 sessions may go on")
+        one.send(b"still here")
+        assert two.receive() == b"still here"
+        one.close()
+        assert server.process.wait(DEADLINE_SECONDS) == 0
+
+
+@pytest.mark.parametrize("name", ["rendezvous", "nat-test", "relay", "api",
+                                  "rendezvous-websocket", "relay-websocket"])
+def test_every_port_tells_its_health(server, name):
+    with connect(server.address(name), ("127.0.0.1", 0)) as link:
+        link.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+        answer = b""
+        while data := link.recv(4096):
+            answer += data
+    assert answer.startswith(b"HTTP/1.1 200 ") and answer.endswith(b"\r\n\r\nok\n")
+
+
+def test_supervisor_is_told_of_readiness_reload_and_stop(tmp_path):
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as told:
+        told.bind(str(tmp_path / "notify"))
+        told.settimeout(DEADLINE_SECONDS)
+        environment = dict(NOTIFY_SOCKET=str(tmp_path / "notify"),
+                           WATCHDOG_USEC="2000000")
+        with ServerProcess(environment=environment) as server:
+            assert told.recv(1000) == b"READY=1"
+            seen = {told.recv(1000).split(b"=")[0] for _ in range(3)}
+            assert {b"WATCHDOG", b"STATUS"} <= seen
+            server.process.send_signal(signal.SIGHUP)
+            while not told.recv(1000).startswith(b"RELOADING=1\nMONOTONIC_USEC="):
+                pass
+        while told.recv(1000) != b"STOPPING=1":
+            pass
+
+
 # == install.sh ================================================================
 #
 # The installer, as its user meets it: a directory with the two files, a shell,
@@ -12556,7 +12788,7 @@ SECTIONS_WITH_FILES = (7, 8, 10)
 #: What every section may use without saying so: constants, and the ways to say no.
 FOUNDATION = ("Constants", "Refusals")
 
-#: Imported nowhere, or only inside the one function that needs it (house.md 2).
+#: Imported nowhere, or only inside the one function that needs it.
 NEVER_IMPORTED = {
     "asyncio", "ctypes", "decimal", "email", "logging", "multiprocessing", "unittest",
     "urllib", "uuid", "xml", "unicodedata", "lzma", "readline", "dataclasses",
@@ -12832,7 +13064,7 @@ def test_installer_passes_shellcheck():
 
 # == Fuzz ======================================================================
 #
-# Bad input on every port.  The connection is closed where protocol.md says so;
+# Bad input on every port.  The connection is closed where protocol says so;
 # the server lives, serves a registered pair afterwards, and does not grow.
 
 
