@@ -5858,13 +5858,13 @@ def test_two_links_with_one_uuid_are_paired_in_either_order(kinds):
 
 
 def test_only_the_uuid_pairs():
-    world = RelayWorld()
+    world, two, partner = RelayWorld(), end(), end()
     assert world.come(end(), "one", id=B_ID) == []
-    assert world.come(end(), "two", id=B_ID) == []
+    assert world.come(two, "two", id=B_ID) == []
     assert world.come(end(), "One", id=B_ID) == []
     assert len(world.role.waiting) == 3
-    (pair,) = world.come(end(), "two", conn_type=3)
-    assert pair.session.session_uuid == "two"
+    (pair,) = world.come(partner, "two", conn_type=3)
+    assert (pair.session.first, pair.session.second) == (two, partner)
 
 
 def test_third_link_waits_for_a_partner_of_its_own():
