@@ -88,6 +88,7 @@ except ImportError:  # Windows
     fcntl = resource = None
 try:
     import nacl.bindings as nacl_bindings
+    from nacl.exceptions import CryptoError
 except ImportError:  # the built-in Ed25519 of section 7 does its work
     nacl_bindings = None
 
@@ -1779,7 +1780,7 @@ class Address(collections.namedtuple("Address", "ip port")):
 
     @property
     def is_loopback(self):
-        return self.ip.startswith("127.") or self.ip == "::1"
+        return is_loopback(self.ip)
 
 
 def normalise_ip(text):
@@ -1816,10 +1817,20 @@ def network_key(ip):
     return packed_ip(ip)[:8] if ":" in ip else ip
 
 
+def is_loopback(ip):
+    """Whether a normalised IP address is this machine's own."""
+    return ip.startswith("127.") or ip == "::1"
+
+
+def is_within(ip, networks):
+    """Whether a normalised IP address lies in one of these networks."""
+    address = ipaddress.ip_address(ip.partition("%")[0])
+    return any(address in network for network in networks)
+
+
 def is_private(ip):
     """Whether an IP address can only be reached from its own network."""
-    address = ipaddress.ip_address(ip.partition("%")[0])
-    return any(address in network for network in PRIVATE_NETWORKS)
+    return is_within(ip, PRIVATE_NETWORKS)
 
 
 def is_public_ipv6(address):
@@ -2753,7 +2764,7 @@ def nacl_shared_key(public, secret):
     """The same by libsodium."""
     try:
         return nacl_bindings.crypto_box_beforenm(public, secret)
-    except nacl_bindings_error() as error:
+    except CryptoError as error:
         raise ValueError(str(error)) from None
 
 
@@ -2766,15 +2777,8 @@ def nacl_open(sealed, nonce, key):
     """The same by libsodium."""
     try:
         return nacl_bindings.crypto_secretbox_open(sealed, nonce, key)
-    except nacl_bindings_error() as error:
+    except CryptoError as error:
         raise ValueError(str(error)) from None
-
-
-def nacl_bindings_error():
-    """What PyNaCl raises when a box does not open."""
-    import nacl.exceptions
-
-    return nacl.exceptions.CryptoError
 
 
 if nacl_bindings:
@@ -4515,7 +4519,7 @@ class Rendezvous:
     def watch_gateway(self, ip):
         """Count the peers at a private address: many there are behind a NAT
         that we are behind as well, as with Docker's, and not in one place."""
-        if is_private(ip) and not ip.startswith("127.") and ip != "::1":
+        if is_private(ip) and not is_loopback(ip):
             self.at_address[ip] += 1
             if self.at_address[ip] == GATEWAY_PEERS:
                 yield Report("gateway", (
@@ -4817,8 +4821,7 @@ class Rendezvous:
         """Whether an address is inside the network of --mask."""
         if not self.config.mask:
             return False
-        address = ipaddress.ip_address(ip.partition("%")[0])
-        return any(address in network for network in self.config.mask)
+        return is_within(ip, self.config.mask)
 
     def find_awaited(self, token, peer_id, calls, origin):
         """The request that an answer belongs to, or None.
@@ -7281,9 +7284,8 @@ class Server:
     def trusts(self, ip):
         """Whether an address may say that its clients are at another one."""
         if self.config.trusted_proxy is TRUST_LOOPBACK:
-            return ip.startswith("127.") or ip == "::1"
-        address = ipaddress.ip_address(ip.partition("%")[0])
-        return any(address in network for network in self.config.trusted_proxy)
+            return is_loopback(ip)
+        return is_within(ip, self.config.trusted_proxy)
 
     def pseudo_address(self, ip):
         """An address for a client behind a proxy that no other one has now."""
@@ -8233,17 +8235,24 @@ def writer_into(file, digest):
     return put
 
 
+def pieces(file, size, path):
+    """`size` bytes of an open file, piece by piece; MaintenanceTrouble if it has
+    fewer."""
+    while size:
+        data = file.read(min(size, COPY_BYTES))
+        if not data:
+            raise MaintenanceTrouble(f"{path} became shorter meanwhile: try again")
+        size -= len(data)
+        yield data
+
+
 def put_file(path, name, put):
     """A file's part of a backup: as much as it holds now, though it may
     grow."""
     with open(path, "rb") as source:
         size = os.fstat(source.fileno()).st_size
         put(f"file {name} {size}\n".encode())
-        while size:
-            data = source.read(min(size, COPY_BYTES))
-            if not data:
-                raise MaintenanceTrouble(f"{path} became shorter meanwhile: try again")
-            size -= len(data)
+        for data in pieces(source, size, path):
             put(data)
         put(b"\n")
 
@@ -8312,12 +8321,7 @@ def bring_back(path, place, target):
     offset, size = place
     with open(path, "rb") as source, open(descriptor, "wb") as file:
         source.seek(offset)
-        while size:
-            data = source.read(min(size, COPY_BYTES))
-            if not data:
-                raise MaintenanceTrouble(f"{path} became shorter meanwhile")
-            size -= len(data)
-            file.write(data)
+        file.writelines(pieces(source, size, path))
         file.flush()
         os.fsync(file.fileno())
     if os.path.exists(target):
