@@ -118,9 +118,6 @@ REGISTRATION_TTL_SECONDS = 30.0
 #: A client waits at most 36 s for the other side's answer (versions 1.1.8 to
 #: 1.4.0; later ones 18 s), asking again meanwhile.
 AWAITED_TTL_SECONDS = 40.0
-#: How many ids one connection may be asking for at a time; clients ask for
-#: one.
-AWAITED_PER_LINK = 4
 
 #: The target of a hole punch listens only when its connection to us has ended,
 #: so ours is half-closed and the initiator told this long after its end was
@@ -149,22 +146,17 @@ CALL_SECONDS = 3.0
 EXCHANGE_KEY_SECONDS = 60.0
 
 #: A client's UDP port for hole punching, as it was tested, is good for this
-#: long; a test is up to a dozen datagrams.
+#: long.
 UDP_PORT_TTL_SECONDS = 60.0
-UDP_TESTS_PER_MINUTE = 60
 
 #: How long a phone's old route may answer before its id moves to a new
 #: address.
 ROUTE_CHECK_SECONDS = 1.0
 
-#: The first frame of a connection to the ID server; clients speak at once.
-FIRST_FRAME_SECONDS = 10.0
-#: Between frames; the longest gap that clients leave is 18 s.
-NEXT_FRAME_SECONDS = 30.0
-#: The first frame of a relay link, and then its partner: clients give up on an
-#: attempt after 18 s.
-RELAY_FIRST_FRAME_SECONDS = 30.0
-RELAY_PARTNER_SECONDS = 30.0
+#: A request for a relay carries no key.  Who was let in to ask for that very
+#: peer so lately, with the key, needs none at the relay either.
+ACCEPTED_SECONDS = 120.0
+
 #: A text command has ended when nothing more has come for this long.
 CONSOLE_QUIET_SECONDS = 0.25
 #: How long the other side may take to end a connection that we have ended, and
@@ -201,9 +193,6 @@ MAX_COMMAND_BYTES = 1024
 MAX_EARLY_BYTES = 64 * 1024
 #: Answers that a connection has not taken yet; then it is cut.
 MAX_UNSENT_BYTES = 1024 * 1024
-#: Messages of unknown kind that a connection may send before it is cut: newer
-#: clients may know messages that we don't.
-MAX_STRANGE_MESSAGES = 8
 
 #: An id's size in bytes: clients make 6 to 16 characters, host names may be
 #: longer.
@@ -248,18 +237,25 @@ COMPACT_AGAIN_SECONDS = 600.0
 #: How often the certificate's files are looked at for a new one.
 CERTIFICATE_CHECK_SECONDS = 30.0
 
+#: How often bandwidth is shared out, where there is a cap.
+SHARE_SECONDS = 0.05
+
+#: How often ids are looked for that never came back.
+UNTRIED_CHECK_SECONDS = 3600
+
 #: How often the relays of a list of two or more are tried, and for how long.
 RELAY_CHECK_SECONDS = 5.0
 RELAY_CHECK_TIMEOUT_SECONDS = 3.0
 
-#: Entries of each table that a stranger can fill.
-MAX_TABLE_ENTRIES = 100_000
-#: Lines that one kind of refusal may write to the log a minute.
-REFUSAL_LINES_PER_MINUTE = 20
+#: What clients present that have no key of their own: the public service's.
+PUBLIC_SERVICE_KEY = "OeVuKk5nlHiXp+APNn0Y3pC1Iwpwn44JGqrQCsWqmBw="
 
 KEY_FILE, PUBLIC_KEY_FILE = "id_ed25519", "id_ed25519.pub"
 STORE_FILE, OFFICIAL_STORE_FILE = "peers.jsonl", "db_v2.sqlite3"
 SLOWED_FILE, REFUSED_FILE = "blacklist.txt", "blocklist.txt"
+#: What an operator has changed while the server ran, the last layer of its
+#: configuration.
+CHANGES_FILE = "changes.conf"
 
 # == 2. Refusals ===============================================================
 #
@@ -293,26 +289,43 @@ class Refusal(enum.Enum):
     DEVICE_MISMATCH = "device-mismatch"  # the id belongs to another device
     KEY_CHANGED = "key-changed"  # new key from a new address: who is it?
     TOO_FREQUENT = "too-frequent"  # more registrations than a client makes
+    TOO_MANY_NEW_IDS = "too-many-new-ids"  # new devices in all, or peers in all
+    REFUSED_ID = "refused-id"  # the operator refuses this id
+    DISABLED = "disabled"  # the operator has disabled this device
+    AWAITS_APPROVAL = "awaits-approval"  # a new device that nobody approved yet
+    NOT_ENROLLED = "not-enrolled"  # a new device, and enrolment is closed
     OLD_ROUTE_LIVES = "old-route-lives"  # moves while its old route answers
     STORE_FAILED = "store-failed"  # the disk did not take the record
     NOT_OWNER = "not-owner"  # changes an id that it does not hold right now
     ID_TAKEN = "id-taken"  # changes to an id of another device
     LINK_DEAD = "link-dead"  # a registered link that answers no heartbeat
     # Connection attempts.
-    WRONG_KEY = "wrong-key"  # not the key that this server asks for
+    WRONG_KEY = "wrong-key"  # the key of some other server
+    NO_KEY = "no-key"  # none at all
+    PUBLIC_SERVICE_KEY = "public-service-key"  # what clients send that have none
     UNKNOWN_ID = "unknown-id"  # nobody registered it
     OFFLINE = "offline"  # its registration is older than 30 s
     TOO_MANY_TARGETS = "too-many-targets"  # one connection asks for many ids
+    TOO_MANY_REQUESTS = "too-many-requests"  # for connections, from or to one place
+    TOO_MANY_QUERIES = "too-many-queries"  # for who is online, from one place
     NO_ANSWER = "no-answer"  # the target was called and did not answer
     INITIATOR_LEFT = "initiator-left"  # before the target could answer
     # The relay.
     NO_SESSION_UUID = "no-session-uuid"  # a request without its uuid
-    REFUSED_ADDRESS = "refused-address"  # named in blocklist.txt
+    NO_TICKET = "no-ticket"  # a session that the ID server knows nothing of
+    TICKET_USED = "ticket-used"  # a ticket is good for one session
+    BAD_TICKETS = "bad-tickets"  # announced without the secret of --relay-secret
+    TOO_MANY_RELAY_LINKS = "too-many-relay-links"  # that wait, from one place or in all
+    TOO_MANY_SESSIONS = "too-many-sessions"  # relayed for one place or in all
     NO_RELAY_REQUEST = "no-relay-request"  # the first frame was something else
     LONELY = "lonely"  # its partner did not come
     # Connections.
+    REFUSED_ADDRESS = "refused-address"  # the operator refuses its network
+    TOO_MANY_CONNECTIONS = "too-many-connections"  # from one place or in all
+    TOO_MANY_STRANGERS = "too-many-strangers"  # connections that said nothing yet
     SILENT = "silent"  # nothing came in time
     SLOW_READER = "slow-reader"  # does not take its answers
+    NO_ROOM = "no-room"  # more bytes wait for slow ends than there is room for
     READ_ONLY = "read-only"  # the console answers, it changes nothing
 
 
@@ -1927,6 +1940,11 @@ class LengthFraming:
         """What came behind the last frame taken."""
         return bytes(self.buffer[self.at:])
 
+    @property
+    def pending(self):
+        """How many bytes wait for more."""
+        return len(self.buffer) - self.at
+
     def take(self):
         """The next whole payload as bytes, or None when more has to come."""
         buffer, at = self.buffer, self.at
@@ -2291,6 +2309,11 @@ class WebSocketFraming:
     def rest(self):
         """What came behind the last message taken."""
         return bytes(self.buffer[self.at:])
+
+    @property
+    def pending(self):
+        """How many bytes wait for more."""
+        return len(self.buffer) - self.at + len(self.message)
 
     def take(self):
         """The next whole message as bytes, or None when more has to come."""
@@ -2829,25 +2852,39 @@ class ServerKey:
     """What this server signs with, and what it asks of clients.
 
     `secret` is 64 bytes or None (then nothing is signed and sessions are
-    unencrypted); `required` is the key that clients must present, "" for any.
+    unencrypted); `required` is the key that clients must present, "" for any;
+    `accepted` are former keys, which let clients in while they are moved.
     """
 
-    __slots__ = ("secret", "required")
+    __slots__ = ("secret", "required", "accepted")
 
-    def __init__(self, secret, required):
+    def __init__(self, secret, required, accepted=()):
         self.secret = secret
         self.required = required
+        self.accepted = accepted
 
     @property
     def public_text(self):
         """The public key as clients type it, or "" without one."""
         return encode_base64(self.secret[32:]) if self.secret else ""
 
-    def admits(self, licence_key):
-        """Whether a client presented the key that this server asks for."""
-        if not self.required:
-            return True
-        return hmac.compare_digest(licence_key.encode(), self.required.encode())
+    def fault_of(self, licence_key):
+        """What is wrong with the key that a client presented: a `Refusal`, or
+        None."""
+        if not self.required or any(
+                hmac.compare_digest(licence_key.encode(), key.encode())
+                for key in (self.required, *self.accepted)):
+            return None
+        if not licence_key:
+            return Refusal.NO_KEY
+        if licence_key == PUBLIC_SERVICE_KEY:
+            return Refusal.PUBLIC_SERVICE_KEY
+        return Refusal.WRONG_KEY
+
+    def vouches(self, licence_key):
+        """Whether peers are vouched for to a client: not to one that still has
+        a former key, perhaps a leaked one."""
+        return licence_key not in self.accepted
 
     def sign_identity(self, peer_id, public_key):
         """The signed IdPk that lets an initiator verify a peer; b"" without a
@@ -3007,6 +3044,38 @@ def copy_new_file(source, path, mode):
     return True
 
 
+def write_in_place(path, text):
+    """Replace a file of ours in one step, mode 0600; OSError leaves the old
+    one."""
+    descriptor = os.open(path + ".new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with open(descriptor, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(descriptor)
+    os.replace(path + ".new", path)
+
+
+def read_ticket_secret(path):
+    """The secret that an ID server shares with its relays; b"" without a
+    file.
+
+    KeyTrouble if the file holds none.
+    """
+    if not path:
+        return b""
+    try:
+        with open(path, "rb") as file:
+            secret = file.read(4096).strip()
+    except OSError as error:
+        raise KeyTrouble(f"cannot read {path} (--relay-secret): {error.strerror}"
+                         ) from None
+    if len(secret) < 16:
+        raise KeyTrouble(f"{path} (--relay-secret) must hold a secret of 16 characters "
+                         "or more, the same at the ID server and at its relays; "
+                         f"make one: head -c 32 /dev/urandom | base64 > {path}")
+    return secret
+
+
 def create_key_files(directory, random_bytes):
     """Make a key pair's files unless there are some by now; returns the
     secret.
@@ -3144,7 +3213,7 @@ def load_server_key(setting, is_relay, directory, random_bytes):
 # flags.  A wrong value is refused with the setting, the value, where it stands
 # and what is right.
 #
-# Uses: Constants, Frames and addresses.
+# Uses: Constants, Frames and addresses, Keys.
 
 
 class ConfigTrouble(Exception):
@@ -3225,6 +3294,43 @@ def parse_text(text):
     return text
 
 
+def parse_words(text):
+    """Texts separated by commas."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def one_of(*words):
+    """The parser of a setting that is one of these words."""
+    def parse(text):
+        if text.lower() not in words:
+            raise ValueError(f"it must be {', '.join(words[:-1])} or {words[-1]}")
+        return text.lower()
+
+    return parse
+
+
+def parse_subjects(text):
+    """Ids and networks separated by commas; `*` is every id, `-` nothing."""
+    return tuple(parse_subject(word) for word in parse_words(text) if word != "-")
+
+
+def parse_subject(text):
+    """An id as it is, an address or network as such."""
+    try:
+        return ipaddress.ip_network(text, strict=False)
+    except ValueError:
+        if "/" in text or " " in text or not text.isprintable():
+            raise ValueError(f"{text!r} is neither an id nor a network") from None
+        return text
+
+
+def parse_limits(text):
+    """Limits as NAME=NUMBER, separated by commas; see section 9 for the
+    names."""
+    return tuple((name.strip(), parse_count(number.strip())) for name, _, number in (
+        part.partition("=") for part in parse_words(text)))
+
+
 def parse_host(text):
     """A host name or address, with or without a port, as clients understand
     it."""
@@ -3296,13 +3402,6 @@ def parse_api_port(text):
     return -1 if text.lower() == "off" else parse_port(text)
 
 
-def parse_format(text):
-    """How lines of the log look."""
-    if text.lower() not in ("text", "json"):
-        raise ValueError("it must be text or json")
-    return text.lower()
-
-
 def parse_level(text):
     """A level of the log, also out of a RUST_LOG such as `info,hbbs=debug`."""
     level = text.partition(",")[0].rpartition("=")[2].lower()
@@ -3337,6 +3436,42 @@ setting("key", "k", parse_text, None, "KEY",
         "`id_ed25519`, made when there is none (default of the ID server); empty: "
         "any (default of the relay); 64 bytes in base64: a secret key to use instead "
         "of the file's; anything else: that text, and nothing is signed.")
+setting("key-policy", "", one_of("open", "warn", "require"), None, "POLICY",
+        "What happens to a client with another key or none: `open` lets it in, `warn` "
+        "lets it in and says so in the log, `require` refuses it. The default is "
+        "`require`, and `warn` for the links of a relay that asks for tickets.")
+setting("accept-key", "", parse_words, (), "KEYS",
+        "Former keys, separated by commas: clients that still have one are let in, "
+        "but the peers that they reach are not vouched for (see `rotate-key`).")
+setting("enroll", "", one_of("open", "approve", "closed"), "open", "MODE",
+        "Who may register an id that is not known yet: `open` anybody, `approve` who "
+        "the operator approves (`approve ID`), `closed` nobody but ids of `--allow`.")
+setting("allow", "", parse_subjects, (), "SUBJECTS",
+        "Ids and networks, separated by commas, that are served although a wider entry "
+        "of `--refuse` has them: the narrowest entry decides.")
+setting("refuse", "", parse_subjects, (), "SUBJECTS",
+        "Ids and networks, separated by commas, that are not served; `*` is every id, "
+        "`0.0.0.0/0,::/0` everybody.")
+setting("relay-tickets", "", one_of("on", "off"), None, "SWITCH",
+        "`on`: the relay carries only sessions that the ID server has arranged (on "
+        "where both roles run together, or with `--relay-secret`).")
+setting("relay-secret", "", parse_text, "", "FILE",
+        "A file with a secret of 16 characters or more, the same for an ID server and "
+        "the relays of its list on other machines or ports: it tells them by it which "
+        "sessions it has arranged.")
+setting("limit", "", parse_limits, (), "NAME=NUMBER",
+        "Another number for one of the limits that `limits` lists (repeatable).")
+setting("exempt", "", parse_networks, (), "NETWORKS",
+        "Networks, separated by commas, whose addresses have no limits per address.")
+setting("console", "", one_of("off", "read", "full"), None, "MODE",
+        "The official servers' text consoles, for connections from this machine: "
+        "`read` answers questions, `full` takes changes as well (`read`; `off` once "
+        "`--trusted-proxy` is given, since strangers then come from this machine).")
+setting("user", "", parse_text, "", "NAME",
+        "Started as root: the user to run as, once the ports are open.")
+setting("directory", "", parse_text, "", "DIR",
+        "Where key, peers and lists are kept (the working directory); made with mode "
+        "0700 if it is missing.")
 setting("relay-servers", "r", parse_relays, (), "HOSTS",
         "Relays that clients are sent to, separated by commas (none: they use the ID "
         "server's host). Of several, those that answer are used in turn. An entry "
@@ -3364,17 +3499,18 @@ setting("api-port", "", parse_api_port, None, "PORT",
         "(two below `--port`); `off` for nowhere.")
 setting("rmem", "M", parse_count, 0, "BYTES",
         "The receive buffer of the UDP socket (the system's default).")
-setting("single-bandwidth", "", parse_positive, 128.0, "MBITS",
+setting("single-bandwidth", "", parse_positive, None, "MBITS",
         "What one relayed session may carry, both directions together, in Mb/s "
-        "(1 Mb is 1,048,576 bits).")
-setting("total-bandwidth", "", parse_positive, 1024.0, "MBITS",
-        "What all relayed sessions together may carry, in Mb/s.")
+        "(1 Mb is 1,048,576 bits; no limit).")
+setting("total-bandwidth", "", parse_positive, None, "MBITS",
+        "What all relayed sessions together may carry, in Mb/s, shared fairly (no "
+        "limit).")
 setting("limit-speed", "", parse_positive, 32.0, "MBITS",
         "What a slowed session may carry, in Mb/s: one with an address of "
         "`blacklist.txt`, or one that was downgraded.")
 setting("downgrade-threshold", "", parse_positive, 0.66, "SHARE",
-        "A session is downgraded when its average exceeds this share of "
-        "`--single-bandwidth`...")
+        "Where `--single-bandwidth` is given: a session is downgraded when its average "
+        "exceeds this share of it...")
 setting("downgrade-start-check", "", parse_count, 1800, "SECONDS",
         "...and it is older than this.")
 setting("idle-limit", "", parse_count, 7200, "SECONDS",
@@ -3382,7 +3518,7 @@ setting("idle-limit", "", parse_count, 7200, "SECONDS",
         "idle tunnels for an hour).")
 setting("drain", "", parse_count, 5, "SECONDS",
         "How long relayed sessions may go on after SIGTERM.")
-setting("log-format", "", parse_format, "text", "FORMAT",
+setting("log-format", "", one_of("text", "json"), "text", "FORMAT",
         "`text`, or `json` for one object a line.")
 setting("log-file", "", parse_text, "", "FILE",
         "A file for the log instead of standard output; from 10 MiB on it is renamed "
@@ -3414,8 +3550,19 @@ ALIASES = {"rust_log": "log_level", "relay": "relay_servers"}
 
 def option_rows():
     """The README's table: flag, variable, meaning of each setting in use."""
-    return [(f"`{flag_text(row)}`", f"`{row.attribute.upper()}`", row.text)
+    return [(f"`{flag_text(row)}`", variable_text(row), row.text)
             for row in SETTINGS.values() if not row.deprecated]
+
+
+def variable_text(row):
+    """A setting's variable, if it is read from one."""
+    variable = row.attribute.upper()
+    return f"`{variable}`" if variable not in FOREIGN_VARIABLES else ""
+
+
+#: Flags that may be given several times; their values are joined by commas.
+REPEATABLE = (parse_endpoints, parse_limits, parse_subjects, parse_networks,
+              parse_words)
 
 
 def flag_text(row):
@@ -3497,13 +3644,15 @@ class Config:
             value = row.parse(text)
         except ValueError as error:
             raise ConfigTrouble(f"{row.name} = {text!r} ({origin}): {error}") from None
+        if row.parse is parse_limits:  # each place adds to those before
+            value = getattr(self, row.attribute) + value
         setattr(self, row.attribute, value)
         self.origins[row.attribute] = origin
 
 
 def load_config(role, flags, environment, directory):
-    """The `Config` of a start: environment, `.env`, the -c file and flags, in
-    turn.
+    """The `Config` of a start: environment, `.env`, the -c file, flags and what
+    was changed at run time, in turn.
 
     `flags` maps names to texts, `environment` is the process's; `role` is
     "hbbs", "hbbr" or "both".  ConfigTrouble with a sentence for the operator.
@@ -3512,7 +3661,7 @@ def load_config(role, flags, environment, directory):
     for name, text in environment.items():
         if name == "RUST_LOG" and not is_level(text):
             continue  # other programs understand more than we do
-        if name == name.upper():
+        if name == name.upper() and name not in FOREIGN_VARIABLES:
             config.apply(name, text, f"environment variable {name}", strict=False)
     for entry in read_config_file(os.path.join(directory, ".env"), required=False):
         config.apply(*entry, strict=True)
@@ -3529,24 +3678,307 @@ def load_config(role, flags, environment, directory):
         if canonical_name(name) in SETTINGS and text is not None:
             flag = f"flag --{name.replace('_', '-')}"
             config.apply(name, text, flag, strict=True)
+    for entry in read_config_file(os.path.join(directory, CHANGES_FILE), False):
+        config.apply(*entry, strict=True)
     if config.encrypted_only and config.key is None:
         config.key = "_"
+    if config.relay_tickets is None:
+        config.relay_tickets = "on" if role == "both" or config.relay_secret else "off"
     return config
 
 
+def save_changes(directory, changes):
+    """Keep settings that were changed at run time: {name: text, or None to
+    return to what was configured}.
+
+    The file is replaced in one step; OSError leaves it as it was.
+    """
+    kept = {**read_changes(directory), **changes}
+    lines = ["# What was changed while the server ran; the last word on each.\n"]
+    lines += [f"{name} = {text}\n" for name, text in kept.items() if text is not None]
+    write_in_place(os.path.join(directory, CHANGES_FILE), "".join(lines))
+
+
+def read_changes(directory):
+    """The settings that were changed at run time: {name: text}."""
+    entries = read_config_file(os.path.join(directory, CHANGES_FILE), required=False)
+    return {name: text for name, text, _ in entries}
+
+
+#: Variables that mean something else to the system.
+FOREIGN_VARIABLES = ("USER", "DIRECTORY")
+
 #: What takes effect at once when the configuration is read again.
 CHANGEABLE = frozenset((
-    "relay_servers", "always_use_relay", "mask", "local_ip", "single_bandwidth",
+    "key_policy", "accept_key", "enroll", "allow", "refuse", "limit", "exempt",
+    "console", "relay_servers", "always_use_relay", "mask", "local_ip",
+    "single_bandwidth",
     "total_bandwidth", "limit_speed", "downgrade_threshold", "downgrade_start_check",
     "idle_limit", "trusted_proxy", "drain", "log_level"))
 
 
 # == 9. Limits =================================================================
 #
-# Every number of "too much".  Tables that strangers fill forget by themselves
-# and never grow beyond a cap; buckets say how long to wait, they never wait.
+# Every number of "too much", in one table that the operator can read and
+# change.  What strangers fill forgets by itself and never grows beyond a cap;
+# at the cap the oldest stranger makes room.  Limits per address count an IPv6
+# /64 as one address.
 #
-# Uses: Constants, Frames and addresses, Configuration.
+# Uses: Constants, Refusals, Frames and addresses, Configuration.
+
+
+class Limit(collections.namedtuple("Limit", "name default unit reason fixed")):
+    """One row of the table: a number, what it counts, and why it is that."""
+
+    __slots__ = ()
+
+
+LIMITS = {}
+
+
+def limit(name, default, unit, reason, fixed=False):
+    """Add a row to the table of limits; a fixed one is the protocol's."""
+    LIMITS[name.replace("-", "_")] = Limit(name, default, unit, reason, fixed)
+
+
+limit("connections", 20_000, "connections",
+      "In all; never more than the system grants descriptors.")
+limit("connections-per-address", 2_000, "connections",
+      "A school behind one address keeps three per device at its busiest.")
+limit("strangers", 4_000, "connections",
+      "That have said nothing valid yet; clients take milliseconds for it.")
+limit("strangers-per-address", 500, "connections",
+      "As many clients may come back at once behind one address.")
+limit("first-frame-seconds", 10, "seconds",
+      "To the ID server's first message; clients speak at once.")
+limit("next-frame-seconds", 30, "seconds",
+      "Between messages; the longest gap that clients leave is 18 s.")
+limit("relay-first-frame-seconds", 30, "seconds",
+      "To a relay link's request; the official server's number.")
+limit("partner-seconds", 30, "seconds",
+      "For a relay link's partner; clients give an attempt up after 18 s.")
+limit("ticket-seconds", 60, "seconds",
+      "Between the arrangement of a session and its links' arrival.")
+limit("early-seconds", 5, "seconds",
+      "That a relay link may be ahead of its ticket.")
+limit("frame-bytes", MAX_FRAME_BYTES, "bytes",
+      "A message to the ID server, but for the next two.", fixed=True)
+limit("online-request-bytes", MAX_ONLINE_REQUEST_BYTES, "bytes",
+      "A whole address book, 12 bytes an id.", fixed=True)
+limit("secured-frame-bytes", MAX_SECURED_FRAME_BYTES, "bytes",
+      "An encrypted request to a web API.", fixed=True)
+limit("relay-request-bytes", MAX_RELAY_REQUEST_BYTES, "bytes",
+      "A relay link's first message, with a login token.", fixed=True)
+limit("datagram-bytes", MAX_DATAGRAM_BYTES, "bytes",
+      "What clients send by UDP stays below 1.5 KiB.", fixed=True)
+limit("http-head-bytes", MAX_HTTP_HEAD_BYTES, "bytes",
+      "A browser's is below 1 KiB; cookies and proxies add to it.", fixed=True)
+limit("early-bytes", MAX_EARLY_BYTES, "bytes",
+      "Held for a relay link's partner; then the link is not read.", fixed=True)
+limit("unsent-bytes", MAX_UNSENT_BYTES, "bytes",
+      "Answers that a connection does not take; then it is cut.", fixed=True)
+limit("message-bytes", MAX_MESSAGE_BYTES, "bytes",
+      "A fragmented message of a session between unlike ends.", fixed=True)
+limit("held-bytes", 64 * 1024 * 1024, "bytes",
+      "Held for slow ends of sessions, and for their unfinished messages: from half "
+      "of it on they are read in small pieces, beyond it who adds to it is cut.")
+limit("pending-bytes", 32 * 1024 * 1024, "bytes",
+      "Of unfinished messages and waiting relay links, beyond 4 KiB each; who adds to "
+      "it is cut.")
+limit("strange-messages", 8, "messages",
+      "Of unknown kinds on one connection; newer clients may know more than we.")
+limit("targets", 4, "peers",
+      "That one connection may ask for at a time; clients ask for one.")
+limit("registrations-per-address", 30, "a minute",
+      "Of devices that are not known with this key; the official server's number.")
+limit("ids-per-address", 300, "a day", "Likewise; the official server's number.")
+limit("registrations-per-id", 3, "in 6 s", "The official server's number.")
+limit("new-ids", 500, "a minute",
+      "From everywhere: sources of datagrams can be forged, so limits per address do "
+      "not bind.")
+limit("new-ids-per-day", 20_000, "a day", "Likewise: 5 MB of the disk.")
+limit("peers", 1_000_000, "peers", "Known in all; 1 KiB of memory each.")
+limit("untried-days", 30, "days",
+      "After which an id is forgotten that was never seen again after its first "
+      "hour, where anybody may register (0: never).")
+limit("udp-tests-per-address", 60, "a minute",
+      "This answer alone is longer than its question; a client's test is a dozen.")
+limit("online-query-bytes", 16 * 1024 * 1024, "bytes a minute",
+      "Per address; a client with a hundred contacts asks for 24 KiB a minute.")
+limit("requests-per-address", 300, "a minute",
+      "For connections; a client sends up to six for one.")
+limit("requests-per-pair", 60, "a minute", "From one address for one peer.")
+limit("requests-per-target", 600, "a minute", "From everywhere for one peer.")
+limit("relay-links", 10_000, "links", "That wait for their partner, in all.")
+limit("relay-links-per-address", 500, "links", "Likewise, from one address.")
+limit("early-links", 2_000, "links", "That wait for their ticket, in all.")
+limit("early-links-per-address", 50, "links", "Likewise, from one address.")
+limit("sessions", 10_000, "sessions", "Relayed at a time.")
+limit("sessions-per-address", 1_000, "sessions", "Likewise, for either end.")
+limit("table-entries", 20_000, "entries",
+      "Of every other table that strangers can fill.")
+limit("log-lines", 20, "a minute", "For each kind of refusal; the rest is counted.")
+
+
+def limit_rows():
+    """The README's table: name, default, unit and reason of each limit."""
+    return [(f"`{row.name}`", f"{row.default:,}", row.unit,
+             row.reason + (" Fixed." if row.fixed else "")) for row in LIMITS.values()]
+
+
+class Limits:
+    """The limits in force, as attributes, and who has none per address.
+
+    Tables made here follow when a limit changes.
+    """
+
+    def __init__(self, config):
+        self.tables = []  # (table, its seconds, its capacity), by attribute or number
+        self.take(config)
+
+    def take(self, config):
+        """Let the limits of a configuration be in force; ConfigTrouble if it
+        has one that is none."""
+        numbers = {attribute: row.default for attribute, row in LIMITS.items()}
+        for name, number in config.limit:
+            row = LIMITS.get(canonical_name(name))
+            if row is None or row.fixed:
+                why = "there is no such limit" if row is None else "it is fixed"
+                raise ConfigTrouble(f"limit = {name}={number}: {why}; the subcommand "
+                                    "`limits` lists them")
+            numbers[canonical_name(name)] = number
+        self.__dict__.update(numbers)
+        self.exempt = config.exempt
+        self.rules = Rules(config)
+        self.places = {}  # ip -> its place, of those seen lately
+        for table, seconds, capacity in self.tables:
+            table.seconds, table.capacity = self.number(seconds), self.number(capacity)
+
+    def number(self, number):
+        """A number as it is, or that of a limit."""
+        return getattr(self, number) if isinstance(number, str) else number
+
+    def table(self, seconds, capacity="table_entries"):
+        """A table whose seconds and capacity are numbers or limits."""
+        table = ExpiringTable(self.number(seconds), self.number(capacity))
+        self.tables.append((table, seconds, capacity))
+        return table
+
+    def place(self, ip):
+        """What counts as one address, or None if it has no limits."""
+        if not self.exempt:
+            return network_key(ip)
+        if ip not in self.places:
+            if len(self.places) >= self.table_entries:
+                self.places.clear()
+            is_exempt = is_within(ip, self.exempt)
+            self.places[ip] = None if is_exempt else network_key(ip)
+        return self.places[ip]
+
+
+class Rules:
+    """Which ids and networks the operator allows and refuses.
+
+    The narrowest entry that fits decides; of two alike, the one that allows.
+    What none fits is allowed.
+    """
+
+    __slots__ = ("ids", "networks")
+
+    def __init__(self, config):
+        self.ids, self.networks = {}, {}  # subject -> whether it is refused
+        for subjects, refused in (config.refuse, True), (config.allow, False):
+            for subject in subjects:
+                table = self.ids if isinstance(subject, str) else self.networks
+                table[subject] = refused
+
+    def refuses_address(self, ip):
+        """Whether an IP address is refused."""
+        if not self.networks:
+            return False
+        address = ipaddress.ip_address(ip.partition("%")[0])
+        fitting = [network for network in self.networks if address in network]
+        best = max(fitting, key=lambda network: network.prefixlen, default=None)
+        return best is not None and self.networks[best]
+
+    def refuses_id(self, peer_id):
+        """Whether an id is refused."""
+        return self.ids.get(peer_id, self.ids.get("*", False))
+
+    def allows_id(self, peer_id):
+        """Whether an id is allowed by name."""
+        return self.ids.get(peer_id) is False
+
+
+class Tally(dict):
+    """How many of something each place has; the place None has none."""
+
+    __slots__ = ()
+
+    def add(self, place):
+        """One more."""
+        if place is not None:
+            self[place] = self.get(place, 0) + 1
+
+    def remove(self, place):
+        """One less."""
+        left = self.get(place, 0) - 1
+        if left > 0:
+            self[place] = left
+        else:
+            self.pop(place, None)
+
+
+class Crowd:
+    """The open connections by place, and the strangers among them, which have
+    said nothing valid yet."""
+
+    __slots__ = ("limits", "links", "strangers", "links_at", "strangers_at")
+
+    def __init__(self, limits):
+        self.limits = limits
+        self.links = set()
+        self.strangers = collections.OrderedDict()  # link -> its place, oldest first
+        self.links_at = Tally()
+        self.strangers_at = Tally()
+
+    def excess(self, place):
+        """What a newcomer would be too much for, and the stranger that should
+        make room for it: (refusal, link), either of them perhaps None."""
+        limits, strangers = self.limits, self.strangers
+        if len(self.links) >= limits.connections:
+            return Refusal.TOO_MANY_CONNECTIONS, next(iter(strangers), None)
+        if len(strangers) >= limits.strangers:
+            return Refusal.TOO_MANY_STRANGERS, next(iter(strangers), None)
+        if self.links_at.get(place, 0) >= limits.connections_per_address:
+            return Refusal.TOO_MANY_CONNECTIONS, self.oldest_at(place)
+        if self.strangers_at.get(place, 0) >= limits.strangers_per_address:
+            return Refusal.TOO_MANY_STRANGERS, self.oldest_at(place)
+        return None, None
+
+    def oldest_at(self, place):
+        """The oldest stranger of a place, or None."""
+        return next((link for link, where in self.strangers.items() if where == place),
+                    None)
+
+    def enter(self, link, place):
+        """A connection has come."""
+        self.links.add(link)
+        self.links_at.add(place)
+        self.strangers[link] = place
+        self.strangers_at.add(place)
+
+    def know(self, link):
+        """A connection is no stranger any more."""
+        place = self.strangers.pop(link, False)
+        if place is not False:
+            self.strangers_at.remove(place)
+
+    def leave(self, link, place):
+        """A connection has ended."""
+        self.know(link)
+        self.links.discard(link)
+        self.links_at.remove(place)
 
 
 class ExpiringTable:
@@ -3559,7 +3991,7 @@ class ExpiringTable:
 
     __slots__ = ("seconds", "capacity", "entries")
 
-    def __init__(self, seconds, capacity=MAX_TABLE_ENTRIES):
+    def __init__(self, seconds, capacity):
         self.seconds = seconds
         self.capacity = capacity
         # Not a plain dict: one whose first entries were deleted is slow to
@@ -3568,6 +4000,14 @@ class ExpiringTable:
 
     def __len__(self):
         return len(self.entries)
+
+    def evict(self):
+        """Make room for one more: at the cap the oldest entry goes; returns
+        its (key, value), or None."""
+        if len(self.entries) < self.capacity:
+            return None
+        key, (_, value) = self.entries.popitem(last=False)
+        return key, value
 
     def put(self, key, value, now):
         """Insert or replace; at the cap the oldest entry goes and is
@@ -3589,12 +4029,6 @@ class ExpiringTable:
         entry = self.entries.get(key)
         return now - entry[0] if entry else None
 
-    def touch(self, key, now):
-        """Let an entry live from now on."""
-        entry = self.entries.pop(key, None)
-        if entry:
-            self.entries[key] = (now, entry[1])
-
     def discard(self, key):
         """Forget `key`, if it is there; returns its value or None."""
         entry = self.entries.pop(key, None)
@@ -3610,63 +4044,53 @@ class ExpiringTable:
         return [(key, value) for key, (_, value) in old]
 
 
-class Bucket:
-    """Bandwidth as the official relay counts it: a tenth of a second's worth
-    at most.
+class Rates:
+    """How much of something each key has had in a period, which begins with
+    its first."""
 
-    Filled at `rate` bits per second; who empties it has to wait until it would
-    be full again.
-    """
+    __slots__ = ("table",)
 
-    __slots__ = ("rate", "capacity", "level", "filled")
+    def __init__(self, table):
+        self.table = table  # key -> [amount]
 
-    def __init__(self, megabits, now):
-        self.set_rate(megabits)
-        self.level = self.capacity
-        self.filled = now
-
-    def set_rate(self, megabits):
-        """Let it fill at another rate from now on."""
-        self.rate = megabits * 1048576
-        self.capacity = self.rate / 10
-
-    def take(self, bits, now):
-        """Take `bits` out; returns the seconds to wait before the next are
-        moved."""
-        self.level = min(self.capacity, self.level + (now - self.filled) * self.rate)
-        self.level -= bits
-        self.filled = now
-        if self.level > 0:
-            return 0.0
-        return (self.capacity - self.level) / self.rate
+    def admits(self, key, most, now, amount=1):
+        """Whether a key may have so much more; counts it if so."""
+        self.table.expire(now)
+        had = self.table.get(key)
+        if had is None:
+            had = [0]
+            self.table.put(key, had, now)
+        if had[0] + amount > most:
+            return False
+        had[0] += amount
+        return True
 
 
 class RegistrationLimits:
-    """How often ids may be registered, and how many from one place.
+    """How often ids may be registered, and how many from one place."""
 
-    The numbers are the official server's: 30 registrations a minute and 300
-    ids a day from one address (IPv6: one /64), 3 in six seconds for one id.
-    """
+    ADDRESS_SECONDS, IDS_SECONDS, ID_SECONDS = 60.0, 86400.0, 6.0
 
-    PER_ADDRESS, ADDRESS_SECONDS = 30, 60.0
-    IDS_PER_ADDRESS, IDS_SECONDS = 300, 86400.0
-    PER_ID, ID_SECONDS = 3, 6.0
-
-    def __init__(self):
-        self.counts = ExpiringTable(self.ADDRESS_SECONDS)  # place -> [requests]
-        self.ids = ExpiringTable(self.IDS_SECONDS)  # place -> set of ids
-        self.recent = ExpiringTable(self.ID_SECONDS)  # peer_id -> [requests]
+    def __init__(self, limits):
+        self.limits = limits
+        self.counts = limits.table(self.ADDRESS_SECONDS)  # place -> [requests]
+        self.ids = limits.table(self.IDS_SECONDS)  # place -> set of ids
+        self.recent = Rates(limits.table(self.ID_SECONDS))  # by id
+        self.new = Rates(limits.table(60.0))  # all under one key
+        self.new_today = Rates(limits.table(86400.0))
 
     def admits_address(self, ip, peer_id, now):
         """Whether an address may register one more id; counts it."""
-        place = network_key(ip)
+        place = self.limits.place(ip)
+        if place is None:
+            return True
         self.counts.expire(now)
         self.ids.expire(now)
         count = self.counts.get(place) or [-1]  # the very first is not counted
         ids = self.ids.get(place) or set()
-        if count[0] >= self.PER_ADDRESS:
+        if count[0] >= self.limits.registrations_per_address:
             return False
-        if len(ids) >= self.IDS_PER_ADDRESS and peer_id not in ids:
+        if len(ids) >= self.limits.ids_per_address and peer_id not in ids:
             return False
         count[0] += 1
         ids.add(peer_id)
@@ -3676,13 +4100,44 @@ class RegistrationLimits:
 
     def admits_id(self, peer_id, now):
         """Whether an id may register once more; counts it."""
-        self.recent.expire(now)
-        count = self.recent.get(peer_id) or [0]
-        if count[0] >= self.PER_ID:
-            return False
-        count[0] += 1
-        self.recent.put(peer_id, count, now)
-        return True
+        return self.recent.admits(peer_id, self.limits.registrations_per_id, now)
+
+    def admits_new(self, now):
+        """Whether there may be one more new id; counts it."""
+        return (self.new_today.admits("", self.limits.new_ids_per_day, now)
+                and self.new.admits("", self.limits.new_ids, now))
+
+
+def fair_shares(amount, wants):
+    """Divide an amount among wants, max-min fairly: nobody gets more than it
+    wants, and nobody could get more without taking from one that has less."""
+    shares, left = [0] * len(wants), len(wants)
+    for i in sorted(range(len(wants)), key=wants.__getitem__):
+        shares[i] = max(0, min(wants[i], amount // left))
+        amount -= shares[i]
+        left -= 1
+    return shares
+
+
+class Cap:
+    """Bandwidth that may be used: a tenth of a second's worth at most is kept.
+
+    What was used beyond it is a debt, so the rate holds in the long run.
+    """
+
+    __slots__ = ("rate", "credit", "filled")
+
+    def __init__(self, megabits, now):
+        self.rate = megabits * 1048576 / 8  # bytes a second
+        self.credit = self.rate / 10
+        self.filled = now
+
+    def use(self, size, now):
+        """Account for bytes used; returns those that may be used next."""
+        most, passed = self.rate / 10, now - self.filled
+        self.credit = min(most, self.credit - size + passed * self.rate)
+        self.filled = now
+        return max(0, int(self.credit))
 
 
 # == 10. Peer store ============================================================
@@ -3695,6 +4150,11 @@ class RegistrationLimits:
 # Uses: Constants, Refusals, Frames and addresses, Keys.
 
 
+#: States of a peer, besides "": it is not served; the next device that claims
+#: its id gets it; a line that ends what earlier lines say of an id.
+DISABLED, RELEASED, FORGOTTEN = "disabled", "released", "forgotten"
+
+
 class Peer:
     """A RustDesk installation: its id, the device that owns it, and its key.
 
@@ -3705,22 +4165,33 @@ class Peer:
     """
 
     __slots__ = ("peer_id", "device_uuid", "public_key", "ip", "created", "seen",
-                 "signed")
+                 "state", "signed")
 
-    def __init__(self, peer_id, device_uuid, public_key, ip="", created=0, seen=0):
+    def __init__(self, peer_id, device_uuid, public_key, ip="", created=0, seen=0,
+                 state=""):
         self.peer_id = peer_id
         self.device_uuid = device_uuid
         self.public_key = public_key
         self.ip = ip
         self.created = created
         self.seen = seen
+        self.state = state
         self.signed = None
 
     def is_same(self, other):
         """Whether another record says the same of device, key and address."""
         return other is not None and (
-            self.peer_id, self.device_uuid, self.public_key, self.ip) == (
-            other.peer_id, other.device_uuid, other.public_key, other.ip)
+            self.peer_id, self.device_uuid, self.public_key, self.ip, self.state) == (
+            other.peer_id, other.device_uuid, other.public_key, other.ip, other.state)
+
+    def changed(self, **fields):
+        """A copy of this peer in which some fields are others."""
+        kept = {name: getattr(self, name) for name in self.__slots__[:-1]}
+        return Peer(**{**kept, **fields})
+
+    def is_untried(self):
+        """Whether it was never seen again after its first hour."""
+        return 0 < self.seen < self.created + 3600
 
     def to_line(self, replaces=None):
         """This peer as a line of the store; `replaces` is the id that it had
@@ -3731,6 +4202,8 @@ class Peer:
         entry = {"id": self.peer_id, "uuid": encode_base64(self.device_uuid),
                  "pk": encode_base64(self.public_key), "ip": self.ip,
                  "created": self.created, "seen": self.seen}
+        if self.state:
+            entry["state"] = self.state
         if replaces is not None:
             entry["replaces"] = replaces
         text = json.dumps(entry, ensure_ascii=False, separators=(",", ":"))[:-1]
@@ -3760,13 +4233,16 @@ def peer_from_line(line):
         public_key = base64.b64decode(entry["pk"], validate=True)
         ip, created = str(entry.get("ip", "")), int(entry.get("created", 0))
         seen, replaces = int(entry.get("seen", 0)), entry.get("replaces")
+        state = entry.get("state", "")
     except (KeyError, TypeError, AttributeError):
         raise ValueError("an entry is missing, or of a wrong kind") from None
     if replaces is not None and not isinstance(replaces, str):
         raise ValueError("an entry of a wrong kind")
+    if state not in ("", DISABLED, RELEASED, FORGOTTEN):
+        raise ValueError(f"its state {state!r} is unknown")
     if not peer_id or not device_uuid or len(public_key) != PUBLIC_KEY_BYTES:
         raise ValueError("an id, device uuid or key of the wrong size")
-    peer = Peer(peer_id, device_uuid, public_key, ip, created, seen)
+    peer = Peer(peer_id, device_uuid, public_key, ip, created, seen, state)
     return peer, replaces
 
 
@@ -3824,7 +4300,10 @@ class PeerStore:
         """A record is in the file: let it be in force."""
         if replaces is not None:
             self.peers.pop(replaces, None)
-        self.peers[peer.peer_id] = peer
+        if peer.state == FORGOTTEN:
+            self.peers.pop(peer.peer_id, None)
+        else:
+            self.peers[peer.peer_id] = peer
 
     def open(self):
         """Open the file for appending; cuts a torn last line off."""
@@ -4084,6 +4563,109 @@ class Attempts:
         self.changes.put(peer_id, counts, now)
 
 
+def usable_session_uuid(session_uuid):
+    """Whether a text can name a session."""
+    return 0 < len(session_uuid.encode()) <= MAX_SESSION_UUID_BYTES
+
+
+class Ticket:
+    """The ID server has arranged a session: two links may be paired for it,
+    once.
+
+    `fault_of` judges the key that the initiator's link presents; None if it
+    needs none, since the initiator has shown it before.
+    """
+
+    __slots__ = ("peer_id", "fault_of", "used")
+
+    def __init__(self, peer_id, fault_of=None):
+        self.peer_id = peer_id
+        self.fault_of = fault_of
+        self.used = False
+
+
+class TicketSender:
+    """The ID server's end of the connection by which it announces tickets.
+
+    A line a message.  The relay begins with a challenge, 32 random bytes; each
+    line of ours is a JSON text and the HMAC-SHA-256, under the shared secret,
+    of the challenge, the line's number and the text.  The number is not sent,
+    so no line can be left out, repeated or moved.  The relay answers the first
+    one, which is empty, by `ok`.
+    """
+
+    def __init__(self, secret, challenge):
+        self.secret = secret
+        self.challenge = challenge
+        self.number = 0
+
+    def line(self, text):
+        """A text as the next line."""
+        mac = ticket_mac(self.secret, self.challenge, self.number, text)
+        self.number += 1
+        return f"{text} {mac}\n".encode()
+
+    def announcement(self, ticket, keys):
+        """The line that announces a `Broker` action; `keys` are those that the
+        relay may see instead, which travel as codes."""
+        codes = [keyed_code(self.secret, key) for key in keys if ticket.needs_key]
+        return self.line(json.dumps([ticket.session_uuid, ticket.peer_id, codes],
+                                    separators=(",", ":")))
+
+
+class TicketReceiver:
+    """The relay's end of it; `receive` raises Refused for what the secret did
+    not make."""
+
+    MAX_LINE_BYTES = 8192
+
+    def __init__(self, secret, challenge):
+        self.secret = secret
+        self.challenge = challenge
+        self.number = 0
+        self.pending = b""
+
+    def receive(self, data):
+        """The (session uuid, Ticket) pairs of what has come; (None, None) for
+        the first line."""
+        *lines, self.pending = (self.pending + data).split(b"\n")
+        if len(self.pending) > self.MAX_LINE_BYTES:
+            raise Refused(Refusal.BAD_TICKETS, "a line without an end")
+        return [self.read(line) for line in lines]
+
+    def read(self, line):
+        """The session uuid and ticket of one line."""
+        text, _, mac = line.decode("utf-8", "replace").rpartition(" ")
+        wanted = ticket_mac(self.secret, self.challenge, self.number, text)
+        if not hmac.compare_digest(mac.encode(), wanted.encode()):
+            raise Refused(Refusal.BAD_TICKETS, "the ID server there has another "
+                          "secret (--relay-secret)")
+        self.number += 1
+        if not text:
+            return None, None
+        session_uuid, peer_id, codes = json.loads(text)
+        return session_uuid, Ticket(peer_id, self.judge(codes) if codes else None)
+
+    def judge(self, codes):
+        """The judge of presented keys by the codes of those that are good."""
+        def fault_of(licence_key):
+            code = keyed_code(self.secret, licence_key)
+            return None if code in codes else Refusal.WRONG_KEY
+
+        return fault_of
+
+
+def ticket_mac(secret, challenge, number, text):
+    """What proves a line of tickets, in hexadecimal."""
+    data = challenge + number.to_bytes(8, "big") + text.encode()
+    return hmac.new(secret, data, "sha256").hexdigest()
+
+
+def keyed_code(secret, key):
+    """A server key as it may be seen on the wire."""
+    return hmac.new(secret, b"key " + key.encode(), "sha256").hexdigest()
+
+
 # == 12. Actions ===============================================================
 #
 # What a role can ask for.  Its handlers are generators of these;
@@ -4110,11 +4692,12 @@ class Link:
     `errand` belongs to the role: what it keeps with this link.
     """
 
-    __slots__ = ("listener", "address", "is_websocket", "errand", "ended")
+    __slots__ = ("listener", "address", "place", "is_websocket", "errand", "ended")
 
-    def __init__(self, listener, address, is_websocket=False):
+    def __init__(self, listener, address, is_websocket=False, place=None):
         self.listener = listener
         self.address = address
+        self.place = place  # what its address counts as, None without limits
         self.is_websocket = is_websocket
         self.errand = None
         self.ended = False  # nothing can be sent over it any more
@@ -4153,6 +4736,13 @@ Store = collections.namedtuple("Store", "peer replaces then otherwise")
 Later = collections.namedtuple("Later", "seconds then")
 #: Count an outcome and log it in a line.
 Report = collections.namedtuple("Report", "word text")
+#: A session was arranged: let the relay carry it.  Where `needs_key` is true
+#: the initiator has yet to show there that it has the key.
+Broker = collections.namedtuple("Broker", "session_uuid peer_id needs_key")
+#: Let the flows of a session move bytes again.
+Resume = collections.namedtuple("Resume", "session")
+#: Count what was let pass though it could have been refused, and log it.
+Tolerate = collections.namedtuple("Tolerate", "refusal text")
 #: Count a refusal and log it, no more than so often.
 Refuse = collections.namedtuple("Refuse", "refusal text")
 
@@ -4175,6 +4765,7 @@ Result, Failure = RegisterPkResponse.Result, PunchHoleResponse.Failure
 #: Clients translate these texts, and do not try again by themselves.
 UNKNOWN_ID_TEXT = "ID does not exist"
 OFFLINE_TEXT = "Remote desktop is offline"
+TOO_FREQUENT_TEXT = "Too frequent"
 
 
 #: An id that a user may choose, as clients check it, but for letters outside
@@ -4247,7 +4838,7 @@ class Awaited:
     """
 
     __slots__ = ("link", "peer_id", "token", "call", "relay_server", "udp_port",
-                 "since", "calls", "answered")
+                 "since", "calls", "answered", "vouched")
 
     def __init__(self, link, peer_id, token, since):
         self.link = link
@@ -4259,6 +4850,7 @@ class Awaited:
         self.udp_port = 0  # of the initiator, when B may punch by UDP
         self.calls = 0
         self.answered = False
+        self.vouched = True  # the initiator may be told the peer's signed key
 
 
 def public_ipv6(mangled):
@@ -4343,25 +4935,33 @@ def is_private_host(name):
 class Rendezvous:
     """The state of the ID server, and what it does with each message."""
 
-    def __init__(self, config, key, store, attempts, random_bytes):
+    #: New devices that wait for the operator, and how long without a new try.
+    MAX_APPLICANTS, APPLICANT_SECONDS = 1000, 86400.0
+
+    def __init__(self, config, key, store, attempts, limits, random_bytes):
         self.config = config
         self.key = key
         self.store = store
         self.attempts = attempts
+        self.limits = limits
         self.random_bytes = random_bytes
-        self.limits = RegistrationLimits()
+        self.registering = RegistrationLimits(limits)
         self.relays = RelayServers(config.relay_servers)
         self.local_relay = config.local_ip  # how local peers reach our relay
         self.registrations = {}  # peer_id -> Registration
         self.renewals = {}  # a client's RegisterPeer datagram -> Registration
         self.unwritten = {}  # peer_id -> Peer on its way to the disk
         self.moving = {}  # peer_id whose old route is asked -> whether it answered
-        self.awaited = ExpiringTable(AWAITED_TTL_SECONDS)  # token -> Awaited
+        self.awaited = limits.table(AWAITED_TTL_SECONDS)  # token -> Awaited
         self.intranet = {}  # address of A -> its link, while it awaits a LocalAddr
-        self.called = ExpiringTable(CALL_SECONDS)  # ip of a target -> True
-        self.kept = ExpiringTable(HEARTBEAT_SECONDS)  # links that have registered
-        self.udp_ports = ExpiringTable(UDP_PORT_TTL_SECONDS)  # Address -> True
-        self.udp_tests = ExpiringTable(60.0)  # place -> [tests]
+        self.called = limits.table(CALL_SECONDS)  # ip of a target -> True
+        self.kept = limits.table(HEARTBEAT_SECONDS, "connections")  # registered links
+        self.udp_ports = limits.table(UDP_PORT_TTL_SECONDS)  # Address -> True
+        self.accepted = limits.table(ACCEPTED_SECONDS)  # (place, peer_id) -> True
+        self.applicants = limits.table(self.APPLICANT_SECONDS, self.MAX_APPLICANTS)
+        self.udp_tests = Rates(limits.table(60.0))  # by place
+        self.queries = Rates(limits.table(60.0))  # bytes, by place
+        self.requests = Rates(limits.table(60.0))  # by place, peer and both
         self.at_address = collections.Counter()  # private ip -> peers registered there
 
     # -- registration ----------------------------------------------------------
@@ -4422,12 +5022,55 @@ class Rendezvous:
         result, refusal = judge_form(request)
         if refusal is not None:
             return result, refusal
+        barred = self.bar(request.id, known)
+        if barred is not None:
+            return Result.NOT_DEPLOYED, barred  # which costs no id
         proven = known is not None and (known.device_uuid, known.public_key) == (
             request.uuid, request.pk)
         ip = origin.address.ip
-        if not proven and not self.limits.admits_address(ip, request.id, now):
+        if not proven and not self.registering.admits_address(ip, request.id, now):
             return Result.TOO_FREQUENT, Refusal.TOO_FREQUENT
-        if known is not None and known.device_uuid != request.uuid:
+        if known is None:
+            return self.judge_newcomer(request, ip, now)
+        if not proven and known.state != RELEASED:
+            result, refusal = self.judge_stranger(request, ip, known)
+            if refusal is not None:
+                return result, refusal
+        if not self.registering.admits_id(request.id, now):
+            return Result.TOO_FREQUENT, Refusal.TOO_FREQUENT
+        return Result.OK, None
+
+    def bar(self, peer_id, known):
+        """The refusal of an id or a device that shall not be served, or
+        None."""
+        if self.limits.rules.refuses_id(peer_id):
+            return Refusal.REFUSED_ID
+        return Refusal.DISABLED if known and known.state == DISABLED else None
+
+    def judge_newcomer(self, request, ip, now):
+        """The result and refusal for an id that nobody has."""
+        enroll = self.config.enroll
+        if enroll != "open" and not self.limits.rules.allows_id(request.id):
+            if enroll == "closed":
+                return Result.NOT_DEPLOYED, Refusal.NOT_ENROLLED
+            first = self.applicants.get(request.id)
+            self.applicants.put(request.id, first or Peer(
+                request.id, request.uuid, request.pk, ip), now)
+            return Result.NOT_DEPLOYED, Refusal.AWAITS_APPROVAL
+        if not self.registering.admits_id(request.id, now):
+            return Result.TOO_FREQUENT, Refusal.TOO_FREQUENT
+        if not self.registering.admits_new(now) or not self.has_room():
+            return Result.TOO_FREQUENT, Refusal.TOO_MANY_NEW_IDS
+        return Result.OK, None
+
+    def has_room(self):
+        """Whether one more peer may be known."""
+        return len(self.store.peers) + len(self.unwritten) < self.limits.peers
+
+    def judge_stranger(self, request, ip, known):
+        """The result and refusal for a claim with another device or key than
+        is known."""
+        if known.device_uuid != request.uuid:
             return Result.UUID_MISMATCH, Refusal.DEVICE_MISMATCH
         if known is not None and known.public_key != request.pk and (
                 known.ip != ip or known.device_uuid == known.public_key):
@@ -4435,8 +5078,6 @@ class Rendezvous:
             # it proves nothing.  This answer, unlike UUID_MISMATCH, costs no
             # id.
             return Result.SERVER_ERROR, Refusal.KEY_CHANGED
-        if not self.limits.admits_id(request.id, now):
-            return Result.TOO_FREQUENT, Refusal.TOO_FREQUENT
         return Result.OK, None
 
     def accept_claim(self, request, origin, now):
@@ -4470,8 +5111,11 @@ class Rendezvous:
     def record_claim(self, request, origin, now):
         """Store what is new in a claim, then register its route."""
         known = self.store.peers.get(request.id)
-        peer = Peer(request.id, request.uuid, request.pk, origin.address.ip,
-                    known.created if known else 0, known.seen if known else 0)
+        peer = Peer(request.id, request.uuid, request.pk, origin.address.ip)
+        if known is not None:
+            same = known.device_uuid == request.uuid
+            peer = peer.changed(created=known.created, seen=known.seen,
+                                state=known.state if same else "")
         if peer.is_same(known):
             yield from self.register(known, origin, now)
             return
@@ -4604,9 +5248,7 @@ class Rendezvous:
             yield Refuse(refusal, text)
             yield reply(origin, RegisterPkResponse(result=result))
             return
-        old = self.store.peers[request.old_id]
-        peer = Peer(request.id, old.device_uuid, old.public_key, old.ip, old.created,
-                    old.seen)
+        peer = self.store.peers[request.old_id].changed(peer_id=request.id)
         self.unwritten[request.id] = peer
 
         def written(later):
@@ -4627,7 +5269,9 @@ class Rendezvous:
         be."""
         if not NEW_ID.fullmatch(request.id):
             return Result.INVALID_ID_FORMAT, Refusal.BAD_ID
-        if not self.limits.admits_address(origin.address.ip, request.id, now):
+        if self.limits.rules.refuses_id(request.id):
+            return Result.NOT_SUPPORT, Refusal.REFUSED_ID
+        if not self.registering.admits_address(origin.address.ip, request.id, now):
             return Result.TOO_FREQUENT, Refusal.TOO_FREQUENT
         old = self.store.peers.get(request.old_id)
         live = self.online(request.old_id, now)
@@ -4635,8 +5279,11 @@ class Rendezvous:
             return Result.SERVER_ERROR, Refusal.NOT_OWNER
         if old.device_uuid != request.uuid:
             return Result.UUID_MISMATCH, Refusal.DEVICE_MISMATCH
-        if not self.limits.admits_id(request.old_id, now):
+        if not self.registering.admits_id(request.old_id, now):
             return Result.TOO_FREQUENT, Refusal.TOO_FREQUENT
+        if self.config.enroll == "closed" and not self.limits.rules.allows_id(
+                request.id):
+            return Result.NOT_SUPPORT, Refusal.NOT_ENROLLED
         taken = self.unwritten.get(request.id) or self.store.peers.get(request.id)
         if taken is not None and taken.device_uuid != request.uuid:
             return Result.ID_EXISTS, Refusal.ID_TAKEN
@@ -4655,14 +5302,9 @@ class Rendezvous:
 
         This answer alone is longer than its question, so it is rationed.
         """
-        place = network_key(origin.address.ip)
-        self.udp_tests.expire(now)
-        tests = self.udp_tests.get(place)
-        if tests is None:
-            tests = [0]
-            self.udp_tests.put(place, tests, now)
-        tests[0] += 1
-        if tests[0] > UDP_TESTS_PER_MINUTE:
+        place = self.limits.place(origin.address.ip)
+        if place is not None and not self.udp_tests.admits(
+                place, self.limits.udp_tests_per_address, now):
             yield Refuse(Refusal.TOO_FREQUENT, f"UDP tests from {origin.address}")
             return
         self.udp_ports.put(origin.address, True, now)
@@ -4674,6 +5316,14 @@ class Rendezvous:
         The answer is never shorter than the question asks for: clients index
         it unchecked.
         """
+        place, size = origin.link.place, sum(map(len, request.peers))
+        size += 2 * len(request.peers)  # a tag and a length each
+        if place is not None and not self.queries.admits(
+                place, self.limits.online_query_bytes, now, size):
+            yield Refuse(Refusal.TOO_MANY_QUERIES, (
+                f"{origin.address} asked who of {len(request.peers)} is online"))
+            yield Close(origin.link)
+            return
         states = bytearray((len(request.peers) + 7) // 8)
         for i, peer_id in enumerate(request.peers):
             if self.online(peer_id, now):
@@ -4691,31 +5341,56 @@ class Rendezvous:
 
     def on_punch_hole_request(self, request, origin, now):
         """A wants B: tell B where A is, and keep A's link for B's answer."""
-        if not self.key.admits(request.licence_key):
-            text = f"{origin.address} asked for {request.id!a}"
-            yield Refuse(Refusal.WRONG_KEY, text)
+        text = f"{origin.address} asked for {request.id!a}"
+        fault, policy = self.key.fault_of(request.licence_key), self.config.key_policy
+        if fault is not None and policy in (None, "require"):
+            yield Refuse(fault, text)
             mismatch = PunchHoleResponse(failure=Failure.LICENSE_MISMATCH)
             yield Send(origin.link, mismatch)
+            return
+        if fault is not None and policy == "warn":
+            yield Tolerate(fault, text)
+        if not self.admits_request(request.id, origin.link.place, now):
+            yield Refuse(Refusal.TOO_MANY_REQUESTS, text)
+            yield Send(origin.link, PunchHoleResponse(other_failure=TOO_FREQUENT_TEXT))
             return
         target = self.online(request.id, now)
         if target is None:
             refusal, failure, _ = self.absence(request.id)
-            yield Refuse(refusal, f"{origin.address} asked for {request.id!a}")
+            yield Refuse(refusal, text)
             yield Send(origin.link, PunchHoleResponse(failure=failure))
             return
+        yield from self.call(request, origin, target, now)
+
+    def call(self, request, origin, target, now):
+        """Tell B where A is."""
         awaited = self.await_answer(origin, request.id, now)
         if awaited is None:
             yield Refuse(Refusal.TOO_MANY_TARGETS, str(origin.address))
             yield Close(origin.link)
             return
+        awaited.vouched = self.key.vouches(request.licence_key)
+        self.accepted.put((network_key(origin.address.ip), request.id), True, now)
         self.attempts.note_punch(
             origin.address.ip, request.id, target.address.ip, now)
         self.called.put(target.address.ip, True, now)
         yield target.send(self.call_message(request, awaited, target))
 
+    def admits_request(self, peer_id, place, now):
+        """Whether a place may ask for a connection once more; counts it."""
+        if place is None or len(peer_id) > MAX_ID_BYTES:
+            return True
+        limits, admits = self.limits, self.requests.admits
+        return (admits(place, limits.requests_per_address, now)
+                and admits((place, peer_id), limits.requests_per_pair, now)
+                and admits((None, peer_id), limits.requests_per_target, now))
+
     def absence(self, peer_id):
         """Why a peer cannot be reached: (refusal, failure, text for the
         user)."""
+        barred = self.bar(peer_id, self.store.peers.get(peer_id))
+        if barred is not None:
+            return barred, Failure.OFFLINE, OFFLINE_TEXT
         if peer_id in self.store.peers:
             return Refusal.OFFLINE, Failure.OFFLINE, OFFLINE_TEXT
         return Refusal.UNKNOWN_ID, Failure.ID_NOT_EXIST, UNKNOWN_ID_TEXT
@@ -4732,7 +5407,7 @@ class Rendezvous:
             self.forget_answered(waiting)
             # An IPv6 token is the address alone, so it can stand for one peer
             # only.
-            if len(waiting) >= (1 if link.address.is_ipv6 else AWAITED_PER_LINK):
+            if len(waiting) >= (1 if link.address.is_ipv6 else self.limits.targets):
                 return None
             token = self.make_token(link.address)
             awaited = Awaited(link, peer_id, token, now)
@@ -4866,7 +5541,7 @@ class Rendezvous:
         """What A is told when B has opened its NAT."""
         return PunchHoleResponse(
             socket_addr=self.make_token(origin.address),
-            pk=self.signed_identity(answer.id, answer.version),
+            pk=self.signed_identity(awaited, answer),
             relay_server=self.relay_for(awaited, answer.relay_server),
             nat_type=answer.nat_type, is_udp=origin.link is None,
             upnp_port=answer.upnp_port,
@@ -4903,7 +5578,7 @@ class Rendezvous:
             return
         response = PunchHoleResponse(
             socket_addr=answer.local_addr,
-            pk=self.signed_identity(answer.id, answer.version),
+            pk=self.signed_identity(awaited, answer),
             relay_server=self.relay_for(awaited, answer.relay_server),
             is_local=True, socket_addr_v6=public_ipv6(answer.socket_addr_v6))
         text = f"local address of {awaited.peer_id!a}"
@@ -4944,9 +5619,11 @@ class Rendezvous:
             socket_addr_v6=public_ipv6(answer.socket_addr_v6),
             upnp_port=answer.upnp_port, webrtc_sdp_answer=answer.webrtc_sdp_answer)
         if answer.id:
-            response.pk = self.signed_identity(answer.id, answer.version)
+            response.pk = self.signed_identity(awaited, answer)
         text = f"{awaited.link.address} meets {awaited.peer_id!a} at the relay"
         yield Report("relay-arranged", text)
+        if awaited.call is not Call.RELAY and usable_session_uuid(answer.uuid):
+            yield Broker(answer.uuid, awaited.peer_id, False)
         yield Send(awaited.link, response)
         yield Close(origin.link)
 
@@ -4956,13 +5633,18 @@ class Rendezvous:
         Only what B needs is passed on: A's token, key and permissions stay
         here.
         """
+        text = f"{origin.address} wants to relay to {request.id!a}"
+        if not self.admits_request(request.id, origin.link.place, now):
+            yield Refuse(Refusal.TOO_MANY_REQUESTS, text)
+            yield Send(origin.link, RelayResponse(refuse_reason=TOO_FREQUENT_TEXT))
+            return
         target = self.online(request.id, now)
         if target is None:
             refusal, _, reason = self.absence(request.id)
-            yield Refuse(refusal, f"{origin.address} wants to relay to {request.id!a}")
+            yield Refuse(refusal, text)
             yield Send(origin.link, RelayResponse(refuse_reason=reason))
             return
-        if not 0 < len(request.uuid.encode()) <= MAX_SESSION_UUID_BYTES:
+        if not usable_session_uuid(request.uuid):
             raise Refused(Refusal.NO_SESSION_UUID, f"RequestRelay for {request.id!a}")
         if len(request.relay_server.encode()) > MAX_HOST_BYTES:
             raise Refused(Refusal.MALFORMED, "a relay's name that is too long")
@@ -4974,10 +5656,17 @@ class Rendezvous:
         awaited.call = Call.RELAY
         self.called.put(target.address.ip, True, now)
         ip = origin.address.ip
+        yield Broker(request.uuid, request.id, self.needs_key(ip, request.id))
         yield target.send(RequestRelay(
             id=request.id, uuid=request.uuid, socket_addr=awaited.token,
             relay_server=request.relay_server or self.relays.choose(ip),
             secure=request.secure, conn_type=request.conn_type))
+
+    def needs_key(self, ip, peer_id):
+        """Whether an initiator has yet to show the key, since it was not let in
+        lately to ask for this very peer."""
+        return (bool(self.key.required) and self.config.key_policy in (None, "require")
+                and self.accepted.get((network_key(ip), peer_id)) is None)
 
     def on_ice_candidate(self, candidate, origin, now):
         """A WebRTC candidate: from A it names B, from B it carries A's
@@ -5003,16 +5692,16 @@ class Rendezvous:
         passed.id = awaited.peer_id
         yield Send(awaited.link, passed)
 
-    def signed_identity(self, peer_id, version):
+    def signed_identity(self, awaited, answer):
         """B's id and key under our signature, or b"".
 
         A B without a version is too old to encrypt; with a pk A would try.
         """
-        peer = self.store.peers.get(peer_id)
-        if peer is None or not version:
+        peer = self.store.peers.get(answer.id)
+        if peer is None or not answer.version or not awaited.vouched:
             return b""
         if peer.signed is None:
-            peer.signed = self.key.sign_identity(peer_id, peer.public_key)
+            peer.signed = self.key.sign_identity(peer.peer_id, peer.public_key)
         return peer.signed
 
     def relay_for(self, awaited, relay_server):
@@ -5069,8 +5758,63 @@ class Rendezvous:
             yield from self.report_unanswered(awaited, now)
         for link, _ in self.kept.expire(now):
             yield from self.beat(link, now)
-        self.udp_ports.expire(now)
-        self.called.expire(now)
+        for table in self.udp_ports, self.called, self.accepted, self.applicants:
+            table.expire(now)
+
+    # -- what the operator does ------------------------------------------------
+
+    def enforce(self):
+        """End the routes of ids, devices and addresses that are not served any
+        more."""
+        for peer_id, registration in list(self.registrations.items()):
+            if (self.bar(peer_id, self.store.peers.get(peer_id))
+                    or self.limits.rules.refuses_address(registration.address.ip)):
+                yield from self.cut(peer_id)
+
+    def cut(self, peer_id):
+        """End a peer's route and the link that it holds."""
+        registration = self.registrations.get(peer_id)
+        if registration is not None:
+            self.end_route(peer_id)
+            yield Report("cut", f"{peer_id!a} at {registration.address}")
+            yield from self.disappoint(peer_id)
+            if registration.link is not None:
+                yield Close(registration.link)
+
+    def set_state(self, peer_id, state, done):
+        """Write another state of a known peer and end its route; `done` is
+        called with whether it was written."""
+        peer = self.store.peers[peer_id].changed(state=state)
+        yield from self.rewrite(peer, done)
+
+    def approve(self, peer_id, done):
+        """Let an applicant or a disabled device register."""
+        peer = self.applicants.discard(peer_id) or self.store.peers[peer_id]
+        yield from self.rewrite(peer.changed(state=""), done)
+
+    def rewrite(self, peer, done):
+        """Write a peer as the operator wants it."""
+        def written(later):
+            yield from self.cut(peer.peer_id)
+            done(True)
+
+        def failed(later):
+            done(False)
+            yield Refuse(Refusal.STORE_FAILED, f"{peer.peer_id!a} stays as it was")
+
+        yield Store(peer, None, written, failed)
+
+    def forget_untried(self, wall):
+        """Forget ids that were never seen again after their first hour, and
+        that long ago; a wave of forged ones would fill the store."""
+        if self.config.enroll != "open" or not self.limits.untried_days:
+            return
+        limit = wall - 86400 * self.limits.untried_days
+        for peer in list(self.store.peers.values()):
+            if (peer.is_untried() and peer.seen < limit and not peer.state
+                    and peer.peer_id not in self.registrations):
+                yield Report("forgotten", f"{peer.peer_id!a} never came back")
+                yield from self.rewrite(peer.changed(state=FORGOTTEN), lambda ok: None)
 
     def report_unanswered(self, awaited, now):
         """The target was called and did not answer: what an operator needs to
@@ -5125,53 +5869,95 @@ class Rendezvous:
 # Actions.
 
 
-class Session:
-    """Two paired links: what they may carry, and what they have carried.
+#: More bytes than any session will carry.
+UNLIMITED = 1 << 62
 
-    Pipes subtract what they move from `allowance`, in bytes, and call `settle`
-    when it is used up; only then, and once a second, are the buckets charged.
+
+class Flow:
+    """One direction of a session: the bytes that it may move before it has to
+    ask, and how many at a time.
+
+    Pipes subtract what they move from `allowance`; when it is used up the flow
+    is starved until it gets more.
     """
 
-    __slots__ = ("number", "first", "second", "started", "bucket",
-                 "total", "allowance", "granted", "carried", "slowed", "rate",
-                 "highest", "ticked", "ticked_bytes", "active")
+    __slots__ = ("allowance", "granted", "window", "starved")
 
-    def __init__(self, number, first, second, bucket, total, now):
+    #: What a flow that wanted little lately gets all the same.
+    LEAST_BYTES = 16 * 1024
+
+    def __init__(self, allowance):
+        self.grant(allowance)
+
+    def grant(self, allowance):
+        """Let so much be moved from now on."""
+        self.allowance = self.granted = allowance
+        self.window = max(MIN_READ_BYTES, min(PIPE_BUFFER_BYTES, allowance))
+        self.starved = False
+
+    def count(self):
+        """The bytes moved since the last count."""
+        moved, self.granted = self.granted - self.allowance, self.allowance
+        return moved
+
+    def want(self, moved):
+        """How much it would like to move next, having moved so much."""
+        return UNLIMITED if self.starved else max(4 * moved, self.LEAST_BYTES)
+
+
+class Session:
+    """Two paired links: what they may carry, and what they have carried."""
+
+    __slots__ = ("number", "peer_id", "first", "second", "started", "flows", "cap",
+                 "carried", "uncharged", "wants", "slowed", "rate", "highest", "ticked",
+                 "ticked_bytes", "active")
+
+    def __init__(self, number, peer_id, first, second, cap, capped, now):
         self.number = number
+        self.peer_id = peer_id  # whom the initiator has reached, "" if it isn't known
         self.first, self.second = first, second
         self.started = self.ticked = self.active = now
-        self.bucket, self.total = bucket, total
-        self.allowance = self.granted = 0
-        self.carried = self.ticked_bytes = 0
+        self.cap = cap  # its own `Cap`, or None
+        allowance = Flow.LEAST_BYTES if capped else UNLIMITED
+        self.flows = Flow(allowance), Flow(allowance)
+        self.carried = self.uncharged = self.ticked_bytes = 0
+        self.wants = (0, 0)  # of the flows, for the next share
         self.slowed = False
         self.rate = self.highest = 0.0  # kb/s in the last second, and at most
-        self.grant()
 
-    def grant(self):
-        """Let some bytes pass before the buckets are asked again."""
-        # In bytes a sixteenth of a bucket, which is a tenth of a second's bits.
-        smaller = min(self.bucket.capacity, self.total.capacity)
-        self.allowance = self.granted = max(1, int(smaller) // 8 // 16)
+    def settle(self):
+        """Count what the flows have moved."""
+        moved = [flow.count() for flow in self.flows]
+        self.wants = [flow.want(size) for flow, size in zip(self.flows, moved)]
+        self.carried += sum(moved)
+        self.uncharged += sum(moved)
 
-    @property
-    def window(self):
-        """How much to read at once, so that a slow session flows evenly."""
-        smaller = min(self.bucket.capacity, self.total.capacity)
-        return max(MIN_READ_BYTES, min(PIPE_BUFFER_BYTES, int(smaller) // 8))
+    def charge(self, now):
+        """Charge what was moved to its own cap; returns (what was moved, what
+        it would like to move next)."""
+        self.settle()
+        moved, self.uncharged = self.uncharged, 0
+        wanted = sum(self.wants)
+        if self.cap is not None:
+            wanted = min(wanted, self.cap.use(moved, now))
+        return moved, wanted
 
-    def settle(self, now):
-        """Charge what was moved; returns the seconds until more may be."""
-        moved = self.granted - self.allowance
-        self.carried += moved
-        self.grant()
-        if not moved:
-            return 0.0
-        return max(self.bucket.take(moved * 8, now), self.total.take(moved * 8, now))
+    def grant(self, amount):
+        """Share an amount between the two directions; whether a starved one
+        gets some."""
+        starved = False
+        for flow, share in zip(self.flows, fair_shares(amount, self.wants)):
+            if share or not flow.starved:
+                starved = starved or flow.starved
+                flow.grant(share)
+        return starved
 
-    def slow_down(self, bucket):
-        """Carry no more than a slowed session may, from now on."""
-        self.bucket = bucket
-        self.slowed = True
+    def release(self):
+        """Carry whatever comes; whether a flow was starved."""
+        starved = any(flow.starved for flow in self.flows)
+        for flow in self.flows:
+            flow.grant(UNLIMITED)
+        return starved
 
     def measure(self, now):
         """Once a second: the rate since the last time, and whether anything
@@ -5188,14 +5974,20 @@ class Session:
 class Relay:
     """The state of the relay, and what it does with each link."""
 
-    def __init__(self, config, key, attempts, slowed, refused, now):
+    def __init__(self, config, key, attempts, limits, slowed, refused, now):
         self.config = config
         self.key = key
         self.attempts = attempts
+        self.limits = limits
         self.slowed = slowed  # addresses of blacklist.txt
         self.refused = refused  # addresses of blocklist.txt
-        self.total = Bucket(config.total_bandwidth, now)
-        self.waiting = ExpiringTable(RELAY_PARTNER_SECONDS)  # session_uuid -> link
+        self.asks_tickets = config.relay_tickets == "on"
+        self.total = None  # the `Cap` of all sessions together, if there is one
+        self.set_total(now)
+        self.tickets = limits.table("ticket_seconds")  # session_uuid -> Ticket
+        self.early = limits.table("early_seconds", "early_links")  # link -> its uuid
+        self.waiting = limits.table("partner_seconds", "relay_links")  # uuid -> link
+        self.early_at, self.waiting_at, self.sessions_at = Tally(), Tally(), Tally()
         self.sessions = {}  # number -> Session
         self.numbers = itertools.count(1)
 
@@ -5206,49 +5998,175 @@ class Relay:
     def on_request_relay(self, request, origin, now):
         """One end of a session: wait for the other, or pair with it."""
         link = origin.link
-        if not self.key.admits(request.licence_key):
-            yield Refuse(Refusal.WRONG_KEY, f"relay link from {origin.address}")
-            yield Close(link)
+        refusal = None if usable_session_uuid(request.uuid) else Refusal.NO_SESSION_UUID
+        fault = self.key.fault_of(request.licence_key)
+        if fault is not None and self.policy == "require":
+            refusal = fault
+        elif fault is not None and self.policy == "warn":
+            yield Tolerate(fault, f"relay link from {link.address}")
+        if request.id and self.limits.rules.refuses_id(request.id):
+            refusal = Refusal.REFUSED_ID
+        if refusal is not None:
+            yield from self.turn_away(link, refusal)
             return
-        if not 0 < len(request.uuid.encode()) <= MAX_SESSION_UUID_BYTES:
-            text = f"relay link from {origin.address}: a uuid of {len(request.uuid)}"
-            yield Refuse(Refusal.NO_SESSION_UUID, text)
-            yield Close(link)
+        link.errand = request
+        ticket = self.tickets.get(request.uuid)
+        if ticket is None and self.asks_tickets:
+            yield from self.wait_for_ticket(link, now)
+        else:
+            yield from self.arrive(link, ticket, now)
+
+    @property
+    def policy(self):
+        """What happens to a link with another key: its ticket may be proof
+        enough."""
+        return self.config.key_policy or ("warn" if self.asks_tickets else "require")
+
+    def turn_away(self, link, refusal, detail=""):
+        """Refuse a link and end it."""
+        link.errand = None
+        yield Refuse(refusal, f"relay link from {link.address}{detail}")
+        yield Close(link)
+
+    # -- tickets ---------------------------------------------------------------
+
+    def wait_for_ticket(self, link, now):
+        """A link may be a little ahead of the ID server's word about it."""
+        if self.early_at.get(link.place, 0) >= self.limits.early_links_per_address:
+            yield from self.turn_away(link, Refusal.NO_TICKET)
             return
-        partner = self.waiting.discard(request.uuid)
+        self.early_at.add(link.place)
+        evicted = self.early.evict()
+        if evicted is not None:
+            self.early_at.remove(evicted[0].place)
+            yield from self.turn_away(evicted[0], Refusal.NO_TICKET)
+        self.early.put(link, link.errand.uuid, now)
+
+    def on_ticket(self, session_uuid, ticket, now):
+        """The ID server has arranged a session: its links are welcome."""
+        if self.tickets.get(session_uuid) is not None:
+            return  # arranged before, and perhaps used
+        self.tickets.put(session_uuid, ticket, now)
+        for link in [link for link, (_, uuid) in self.early.entries.items()
+                     if uuid == session_uuid]:
+            self.leave_early(link)
+            yield from self.arrive(link, ticket, now)
+
+    def leave_early(self, link):
+        """A link does not wait for its ticket any more."""
+        self.early.discard(link)
+        self.early_at.remove(link.place)
+
+    def ticket_refusal(self, ticket, request):
+        """Why a ticket does not let a link in, or None.
+
+        The initiator's link names the peer that it wants; where a ticket asks
+        for the key it is this one that has to show it.
+        """
+        if ticket is None:
+            return None
+        if ticket.used:
+            return Refusal.TICKET_USED
+        if ticket.fault_of is not None and request.id:
+            return ticket.fault_of(request.licence_key)
+        return None
+
+    # -- pairing ---------------------------------------------------------------
+
+    def arrive(self, link, ticket, now):
+        """A link that may be carried: its partner is there, or it waits."""
+        request = link.errand
+        refusal = self.ticket_refusal(ticket, request)
+        if refusal is not None:
+            yield from self.turn_away(link, refusal)
+            return
+        partner = self.stop_waiting(request.uuid)
         if partner is not None and not partner.is_alive():
             yield Close(partner)  # it left in the very moment that this one came
             partner = None
-        link.errand = request
-        if partner is not None:
-            yield from self.pair(partner, link, request, now)
+        if partner is None:
+            yield from self.wait(link, now)
             return
-        evicted = self.waiting.put(request.uuid, link, now)
-        if evicted is not None:
-            yield Refuse(Refusal.LONELY, f"{evicted.address}: too many links wait")
-            yield Close(evicted)
+        refusal = self.pair_refusal(partner, link, ticket)
+        if refusal is not None:
+            yield from self.turn_away(partner, refusal)
+            yield from self.turn_away(link, refusal)
+            return
+        if ticket is not None:
+            ticket.used = True
+        yield from self.pair(partner, link, ticket, now)
 
-    def pair(self, first, second, request, now):
+    def pair_refusal(self, first, second, ticket):
+        """Why two links are not paired, or None.
+
+        Where a ticket asks for the key and neither link names its peer, both
+        have to show it.
+        """
+        limits, places = self.limits, {first.place, second.place} - {None}
+        most = limits.sessions_per_address
+        if len(self.sessions) >= limits.sessions or any(
+                self.sessions_at.get(place, 0) >= most for place in places):
+            return Refusal.TOO_MANY_SESSIONS
+        if ticket and ticket.fault_of and not (first.errand.id or second.errand.id):
+            return (ticket.fault_of(first.errand.licence_key)
+                    or ticket.fault_of(second.errand.licence_key))
+        return None
+
+    def wait(self, link, now):
+        """Let a link wait for its partner."""
+        if self.waiting_at.get(link.place, 0) >= self.limits.relay_links_per_address:
+            yield from self.turn_away(link, Refusal.TOO_MANY_RELAY_LINKS)
+            return
+        self.waiting_at.add(link.place)
+        evicted = self.waiting.evict()
+        if evicted is not None:
+            self.waiting_at.remove(evicted[1].place)
+            yield from self.turn_away(evicted[1], Refusal.TOO_MANY_RELAY_LINKS)
+        self.waiting.put(link.errand.uuid, link, now)
+
+    def stop_waiting(self, session_uuid):
+        """The link that waits under this uuid, which it does no more, or
+        None."""
+        link = self.waiting.discard(session_uuid)
+        if link is not None:
+            self.waiting_at.remove(link.place)
+        return link
+
+    def pair(self, first, second, ticket, now):
         """Both ends are there: from now on they belong to a session."""
-        bucket = Bucket(self.config.single_bandwidth, now)
-        session = Session(
-            next(self.numbers), first, second, bucket, self.total, now)
-        if first.address.ip in self.slowed or second.address.ip in self.slowed:
-            session.slow_down(Bucket(self.config.limit_speed, now))
-        self.sessions[session.number] = session
-        kinds = {first.errand.conn_type, request.conn_type}
+        requests = first.errand, second.errand
+        named = ticket.peer_id if ticket else requests[0].id or requests[1].id
+        session = self.open_session(named, first, second, now)
         first.errand = second.errand = session
+        kinds = {request.conn_type for request in requests}
         if (first.is_websocket != second.is_websocket
                 and kinds & {ConnType.PORT_FORWARD, ConnType.RDP}):
             text = f"{first.address} and {second.address}: WebSocket at one end only"
             yield Report("tunnel-will-break", text)
         yield Pair(session)
 
+    def open_session(self, peer_id, first, second, now):
+        """A session of two links, with the bandwidth that it may have."""
+        slowed = first.address.ip in self.slowed or second.address.ip in self.slowed
+        megabits = self.config.single_bandwidth
+        if slowed:
+            megabits = self.config.limit_speed
+        cap = Cap(megabits, now) if megabits else None
+        session = Session(next(self.numbers), peer_id, first, second, cap,
+                          cap is not None or self.total is not None, now)
+        session.slowed = slowed
+        self.sessions[session.number] = session
+        for place in {first.place, second.place}:
+            self.sessions_at.add(place)
+        return session
+
     def on_session_ended(self, session, word, now):
         """Both links of a session have ended: one line about it."""
         if self.sessions.pop(session.number, None) is None:
             return
-        session.settle(now)
+        for place in {session.first.place, session.second.place}:
+            self.sessions_at.remove(place)
+        session.settle()
         seconds, first, second = now - session.started, session.first, session.second
         yield Report(word, (
             f"session {session.number} of {first.address} and {second.address} after "
@@ -5256,35 +6174,75 @@ class Relay:
 
     def on_link_closed(self, link, now):
         """A link has ended before it was paired."""
+        if link in self.early.entries:
+            self.leave_early(link)
+            yield Refuse(Refusal.NO_TICKET, (
+                f"relay link from {link.address} left before its session was arranged"))
         if self.waiting.get(link.errand.uuid) is link:
-            self.waiting.discard(link.errand.uuid)
+            self.stop_waiting(link.errand.uuid)
             yield Refuse(Refusal.LONELY, f"relay link from {link.address} left before "
                                          "its partner came")
 
     def tick(self, now):
         """Once a second: lonely links end, sessions are measured."""
+        self.tickets.expire(now)
+        for link, _ in self.early.expire(now):
+            self.early_at.remove(link.place)
+            yield from self.turn_away(link, Refusal.NO_TICKET, (
+                ": the ID server has not arranged this session"))
         for _, link in self.waiting.expire(now):
-            yield Refuse(Refusal.LONELY, (
-                f"relay link from {link.address}: its partner did not come in "
-                f"{self.waiting.seconds:.0f} s; can the other end reach this port?"))
-            yield Close(link)
+            self.waiting_at.remove(link.place)
+            yield from self.turn_away(link, Refusal.LONELY, (
+                f": its partner did not come in {self.waiting.seconds:.0f} s; can the "
+                "other end reach this port?"))
         for session in list(self.sessions.values()):
-            session.settle(now)
+            session.settle()
             session.measure(now)
+            if not self.is_capped(session) and session.release():
+                yield Resume(session)
             yield from self.review(session, now)
 
     def review(self, session, now):
         """Downgrade a session that carries too much, end one that carries
         nothing."""
         config, age = self.config, now - session.started
-        if not session.slowed and age > config.downgrade_start_check and (
-                session.carried * 8 / age
-                > session.bucket.rate * config.downgrade_threshold):
-            session.slow_down(Bucket(config.limit_speed, now))
+        if (session.cap is not None and not session.slowed
+                and age > config.downgrade_start_check
+                and session.carried / age
+                > session.cap.rate * config.downgrade_threshold):
+            session.slowed, session.cap = True, Cap(config.limit_speed, now)
             yield Report("downgraded", f"session {session.number} after {age:.0f} s")
         if config.idle_limit and now - session.active > config.idle_limit:
             yield from self.on_session_ended(session, "idle", now)
             yield Close(session.first)
+
+    # -- bandwidth -------------------------------------------------------------
+
+    def set_total(self, now):
+        """Take the cap of all sessions from the configuration."""
+        megabits = self.config.total_bandwidth
+        self.total = Cap(megabits, now) if megabits else None
+
+    def is_capped(self, session):
+        """Whether a session has to ask before it moves more."""
+        return self.total is not None or session.cap is not None
+
+    def share_bandwidth(self, now):
+        """Many times a second, while something is capped: what every session
+        may carry until the next time.
+
+        The total is shared max-min fairly, then each session's share between
+        its directions: who wants little gets it, the others get alike.
+        """
+        sessions = [s for s in self.sessions.values() if self.is_capped(s)]
+        charged = [session.charge(now) for session in sessions]
+        shares = [wanted for _, wanted in charged]
+        if self.total is not None:
+            amount = self.total.use(sum(moved for moved, _ in charged), now)
+            shares = fair_shares(amount, shares)
+        for session, share in zip(sessions, shares):
+            if session.grant(share):
+                yield Resume(session)
 
     ACCEPTS = {Listener.RELAY: {RequestRelay: on_request_relay}}
 
@@ -5293,8 +6251,8 @@ class Relay:
 #
 # What the running server says about itself: the two text consoles of the
 # official programs, reached from this machine over the ports of the NAT test
-# and of the relay.  They answer questions; they change nothing.  Text in, text
-# out.
+# and of the relay.  They answer questions, and take changes where the operator
+# lets them (`--console full`).  Text in, text out.
 #
 # Uses: Constants, Frames and addresses, Limits, Attempts, Rendezvous, Relay.
 
@@ -5327,42 +6285,51 @@ class ReadOnly(Exception):
     """A command that would change something."""
 
 
-def refuse_arguments(words):
-    """Commands that change something when they are given arguments."""
-    if len(words) > 1:
-        raise ReadOnly()
+def no_change(*change):
+    """What a console that only answers does about a change."""
+    raise ReadOnly()
 
 
 class RendezvousConsole:
-    """The official ID server's console: a method per command."""
+    """The official ID server's console: a method per command.
 
-    def __init__(self, rendezvous, utc):
+    `change(name, text)` changes a setting, or raises ReadOnly; without
+    arguments it only asks whether changes are taken.
+    """
+
+    def __init__(self, rendezvous, utc, change=no_change):
         self.rendezvous = rendezvous
         self.utc = utc  # formats a time of our clock as UTC
+        self.change = change
 
     def help(self, words, now):
         """The commands, one per line."""
-        return ("relay-servers(rs)\nip-blocker(ib) [<ip>|<number>]\n"
-                "ip-changes(ic) [<id>|<number>]\npunch-requests(pr) [<number>]\n"
-                "always-use-relay(aur)\ntest-geo(tg) <ip1> <ip2>\n")
+        return ("relay-servers(rs) [<host>,...]\nip-blocker(ib) [<ip>|<number>] [-]\n"
+                "ip-changes(ic) [<id>|<number>] [-]\n"
+                "punch-requests(pr) [<number>] [<number>] | -\n"
+                "always-use-relay(aur) [Y|N]\ntest-geo(tg) <ip1> <ip2>\n")
 
     def relay_servers(self, words, now):
         """The relays that answer, one per line."""
-        refuse_arguments(words)
+        if len(words) > 1:
+            self.change("relay-servers", words[1])
+            return ""
         return "".join(f"{name}\n" for name in self.rendezvous.relays.healthy)
 
     def ip_blocker(self, words, now):
         """Registrations per address: `ip: requests/age ids/age`."""
-        limits = self.rendezvous.limits
+        limits = self.rendezvous.registering
         limits.counts.expire(now)
         limits.ids.expire(now)
         lines = [f"{len(limits.counts)}"]
         if len(words) > 1 and not is_number(words[1]):
-            if len(words) > 2:
-                raise ReadOnly()
             place = network_key(normalise_ip(words[1]))
             if place in limits.counts.entries:
                 lines.append(self.blocker_entry(place, now))
+            if "-" in words[2:]:
+                self.change()
+                limits.counts.discard(place)
+                limits.ids.discard(place)
             return "\n".join(lines) + "\n"
         start = first_number(words, 0)
         places = itertools.islice(limits.counts.entries, start, start + CONSOLE_PAGE)
@@ -5372,7 +6339,7 @@ class RendezvousConsole:
 
     def blocker_entry(self, place, now):
         """`requests/age ids/age` of a place."""
-        limits = self.rendezvous.limits
+        limits = self.rendezvous.registering
         requests, ids = limits.counts.get(place) or [0], limits.ids.get(place) or ()
         return (f"{requests[0]}/{limits.counts.age(place, now) or 0:.0f}s "
                 f"{len(ids)}/{limits.ids.age(place, now) or 0:.0f}s")
@@ -5382,11 +6349,13 @@ class RendezvousConsole:
         ...}`."""
         changes = self.rendezvous.attempts.changes
         changes.expire(now)
-        if len(words) > 2:
-            raise ReadOnly()
         if len(words) > 1 and not is_number(words[1]):
             known = words[1] in changes.entries
-            return self.change_entry(words[1], now) + "\n" if known else ""
+            text = self.change_entry(words[1], now) + "\n" if known else ""
+            if "-" in words[2:]:
+                self.change()
+                changes.discard(words[1])
+            return text
         start = first_number(words, 0)
         ids = itertools.islice(changes.entries, start, start + CONSOLE_PAGE)
         lines = [f"{len(changes)}"]
@@ -5403,7 +6372,9 @@ class RendezvousConsole:
     def punch_requests(self, words, now):
         """Who asked for whom: `time ip -> id@ip`."""
         if "-" in words[1:]:
-            raise ReadOnly()
+            self.change()
+            self.rendezvous.attempts.punch_requests.clear()
+            return ""
         start = first_number(words, 0)
         size = first_number(words[1:], CONSOLE_PAGE)
         records = itertools.islice(
@@ -5414,7 +6385,9 @@ class RendezvousConsole:
 
     def always_use_relay(self, words, now):
         """Whether everything is relayed."""
-        refuse_arguments(words)
+        if len(words) > 1:
+            self.change("always-use-relay", "Y" if words[1].upper() == "Y" else "N")
+            return ""
         answer = "true" if self.rendezvous.config.always_use_relay else "false"
         return f"ALWAYS_USE_RELAY: {answer}\n"
 
@@ -5441,20 +6414,24 @@ def show_place(place):
 
 
 class RelayConsole:
-    """The official relay's console: a method per command."""
+    """The official relay's console: a method per command.
 
-    def __init__(self, relay):
+    `change` as above; `edit(file name, addresses, add)` edits a list.
+    """
+
+    def __init__(self, relay, change=no_change, edit=no_change):
         self.relay = relay
+        self.change = change
+        self.edit = edit
 
     def help(self, words, now):
         """The commands, one per line."""
-        return ("blacklist(b) [<ip>]\nblocklist(B) [<ip>]\ndowngrade-threshold(dt)\n"
-                "downgrade-start-check(t)\nlimit-speed(ls)\ntotal-bandwidth(tb)\n"
-                "single-bandwidth(sb)\nusage(u)\n")
-
-    def change(self, words, now):
-        """A command whose only purpose is a change."""
-        raise ReadOnly()
+        return ("blacklist-add(ba) <ip>[|<ip>...]\nblacklist-remove(br) <ip>|all\n"
+                "blacklist(b) [<ip>]\nblocklist-add(Ba) <ip>[|<ip>...]\n"
+                "blocklist-remove(Br) <ip>|all\nblocklist(B) [<ip>]\n"
+                "downgrade-threshold(dt) [<value>]\ndowngrade-start-check(t) [<s>]\n"
+                "limit-speed(ls) [<Mb/s>]\ntotal-bandwidth(tb) [<Mb/s>]\n"
+                "single-bandwidth(sb) [<Mb/s>]\nusage(u)\n")
 
     def slowed(self, words, now):
         """The slowed addresses, or whether one is."""
@@ -5464,31 +6441,24 @@ class RelayConsole:
         """The refused addresses, or whether one is."""
         return list_or_member(self.relay.refused, words)
 
-    def downgrade_threshold(self, words, now):
-        """The share of the single bandwidth at which a session is
-        downgraded."""
-        refuse_arguments(words)
-        return f"{self.relay.config.downgrade_threshold:g}\n"
+    def editor(name, add):
+        """The command that adds to a list or removes from it."""
+        def edit(self, words, now):
+            self.edit(name, words[1].split("|") if len(words) > 1 else [], add)
+            return ""
 
-    def downgrade_start_check(self, words, now):
-        """The age at which sessions may be downgraded."""
-        refuse_arguments(words)
-        return f"{self.relay.config.downgrade_start_check}s\n"
+        return edit
 
-    def limit_speed(self, words, now):
-        """What a slowed session may carry."""
-        refuse_arguments(words)
-        return f"{self.relay.config.limit_speed:g}Mb/s\n"
+    def getter(name, unit):
+        """The command that shows a setting, or changes it."""
+        def get(self, words, now):
+            if len(words) > 1:
+                self.change(name, words[1])
+                return ""
+            value = getattr(self.relay.config, name.replace("-", "_"))
+            return "unlimited\n" if value is None else f"{value:g}{unit}\n"
 
-    def total_bandwidth(self, words, now):
-        """What all sessions together may carry."""
-        refuse_arguments(words)
-        return f"{self.relay.config.total_bandwidth:g}Mb/s\n"
-
-    def single_bandwidth(self, words, now):
-        """What one session may carry."""
-        refuse_arguments(words)
-        return f"{self.relay.config.single_bandwidth:g}Mb/s\n"
+        return get
 
     def usage(self, words, now):
         """Every session, those that carried most first."""
@@ -5503,19 +6473,21 @@ class RelayConsole:
         rates = f"{session.highest:.0f}kb/s {average:.0f}kb/s {session.rate:.0f}kb/s"
         return f"{session.second.address}: {age:.0f}s {megabytes:.2f}MB {rates}\n"
 
-    COMMANDS = {
-        "h": help,
-        "blacklist-add": change, "ba": change, "blacklist-remove": change, "br": change,
-        "blocklist-add": change, "Ba": change, "blocklist-remove": change, "Br": change,
-        "blacklist": slowed, "b": slowed,
-        "blocklist": refused, "B": refused,
-        "downgrade-threshold": downgrade_threshold, "dt": downgrade_threshold,
-        "downgrade-start-check": downgrade_start_check, "t": downgrade_start_check,
-        "limit-speed": limit_speed, "ls": limit_speed,
-        "total-bandwidth": total_bandwidth, "tb": total_bandwidth,
-        "single-bandwidth": single_bandwidth, "sb": single_bandwidth,
-        "usage": usage, "u": usage,
-    }
+    COMMANDS = {"h": help, "usage": usage, "u": usage}
+    for word, short, command in (
+            ("blacklist-add", "ba", editor(SLOWED_FILE, True)),
+            ("blacklist-remove", "br", editor(SLOWED_FILE, False)),
+            ("blacklist", "b", slowed),
+            ("blocklist-add", "Ba", editor(REFUSED_FILE, True)),
+            ("blocklist-remove", "Br", editor(REFUSED_FILE, False)),
+            ("blocklist", "B", refused),
+            ("downgrade-threshold", "dt", getter("downgrade-threshold", "")),
+            ("downgrade-start-check", "t", getter("downgrade-start-check", "s")),
+            ("limit-speed", "ls", getter("limit-speed", "Mb/s")),
+            ("total-bandwidth", "tb", getter("total-bandwidth", "Mb/s")),
+            ("single-bandwidth", "sb", getter("single-bandwidth", "Mb/s"))):
+        COMMANDS[word] = COMMANDS[short] = command
+    del editor, getter, word, short, command
 
 
 def list_or_member(addresses, words):
@@ -5782,7 +6754,7 @@ class Helper:
 # not watched: so the kernel's buffers, not ours, hold what nobody takes.
 #
 # Uses: Constants, Refusals, Messages, Frames and addresses, WebSocket and
-# HTTP, Keys, Configuration, Limits, Actions, Event loop.
+# HTTP, Keys, Configuration, Limits, Attempts, Actions, Event loop.
 
 #: Raw bytes of all sessions pass through this buffer; nothing stays in it.
 BUFFER = bytearray(PIPE_BUFFER_BYTES)
@@ -5794,9 +6766,13 @@ IP_PKTINFO = getattr(socket, "IP_PKTINFO", 8)
 #: How soon bytes that were too few are looked at again, at first; then half as
 #: often.
 LOOK_AGAIN_SECONDS = 0.02
-#: When slow readers hold back more than this in all, reads for them shrink.
-HELD_BUDGET_BYTES = 64 * 1024 * 1024
+#: What one read takes when much is held for slow ends.
 HELD_READ_BYTES = 16 * 1024
+#: What a connection may keep of an unfinished message without being counted.
+FREE_PENDING_BYTES = 4096
+#: What an ID server says first that wants to announce tickets: as a frame's
+#: header it would be 1.4 MB, which no relay takes.
+TICKETS_GREETING = b"RUSTDESK-TICKETS 1\n"
 
 PRINTABLE = bytes(range(32, 127)) + b"\t\r\n"
 WEBSOCKET_CODES = {Refusal.TOO_LARGE: 1009, Refusal.BAD_WEBSOCKET: 1002}
@@ -5812,6 +6788,7 @@ class State(enum.Enum):
     BODY = "body"  # of a request that will be answered when it is over
     FRAMED = "framed"  # frames or WebSocket messages
     WAITING = "waiting"  # a relay link without its partner
+    TICKETS = "tickets"  # an ID server announces sessions to this relay
     PAIRED = "paired"  # pipes read and write for it
     ENDING = "ending"  # our half has ended; what comes is thrown away
     CLOSED = "closed"  # no socket any more
@@ -5841,9 +6818,10 @@ class StreamListener:
                 self.rest(error)
                 return
             address = address_of(sockaddr)
-            if self.server.admits(self.listener, address):
+            place = self.server.limits.place(address.ip)
+            if self.server.admits(self.listener, address, place):
                 sock.setblocking(False)
-                Connection(self.server, sock, address, self)
+                Connection(self.server, sock, address, place, self)
             else:
                 sock.close()
 
@@ -6109,10 +7087,10 @@ class Connection(Link):
     __slots__ = ("server", "socket", "state", "on_readable", "on_writable", "interest",
                  "pending", "unsent", "framing", "entrance", "patience", "strange",
                  "served", "then", "timer", "trusted", "proxied", "tls", "looks",
-                 "channel", "body")
+                 "channel", "body", "held", "tickets")
 
-    def __init__(self, server, sock, address, entrance):
-        super().__init__(entrance.listener, address)
+    def __init__(self, server, sock, address, place, entrance):
+        super().__init__(entrance.listener, address, place=place)
         self.server = server
         self.socket = sock
         self.entrance = entrance  # the StreamListener that it came in by
@@ -6128,6 +7106,9 @@ class Connection(Link):
         self.looks = 0  # how often too few bytes were looked at
         self.channel = None  # the `SecureChannel` that was offered, if any
         self.body = 0  # bytes of a request's body that have not come yet
+        self.held = 0  # bytes of an unfinished message that are counted
+        self.tickets = None  # the `TicketReceiver` of an ID server's connection
+        server.crowd.enter(self, place)
         self.patience = server.first_frame_patience(entrance.listener)
         self.patience.put(self, None, server.loop.now)
         self.on_writable = self.flush
@@ -6177,6 +7158,7 @@ class Connection(Link):
     def attach(self, reader, writer):
         """From now on a session's pipes read and write for this connection."""
         self.be_patient(None)
+        self.account(0)
         self.become(State.PAIRED, reader)
         self.on_writable = writer
         self.pending, self.framing = b"", None
@@ -6229,6 +7211,9 @@ class Connection(Link):
         elif len(data) < 8 and any(method.startswith(data) for method in HTTP_METHODS):
             self.pending = data
             return
+        elif self.listener is Listener.RELAY and self.server.ticket_secret and (
+                TICKETS_GREETING.startswith(data[:len(TICKETS_GREETING)])):
+            self.become(State.TICKETS, self.read_tickets)
         elif self.may_be_command(data):
             self.become(State.COMMAND, self.read_command)
         else:
@@ -6288,9 +7273,12 @@ class Connection(Link):
     def move_to(self, address):
         """The client is somewhere else than its connection; whether it may
         be."""
-        self.address = address
-        self.proxied = True
-        return self.server.admits(self.listener, address)
+        crowd, place = self.server.crowd, self.server.limits.place(address.ip)
+        crowd.leave(self, self.place)
+        self.address, self.place, self.proxied = address, place, True
+        admitted = self.server.admits(self.listener, address, place)
+        crowd.enter(self, place)
+        return admitted
 
     def start_tls(self):
         """Shake hands, then begin again with what is inside."""
@@ -6364,6 +7352,8 @@ class Connection(Link):
                 self.on_head_bytes(data)
             elif self.state is State.COMMAND:
                 self.on_command_bytes(data)
+            elif self.state is State.TICKETS:
+                self.on_ticket_bytes(data)
         except Refused as refused:
             self.refuse(refused)
 
@@ -6388,7 +7378,9 @@ class Connection(Link):
                 self.become(State.WAITING, self.read_early)
             elif self.patience is not None:
                 self.be_patient(self.server.next_patience)
-            self.served = True
+            if not self.served:
+                self.served = True
+                self.server.crowd.know(self)
             if self.channel is not None:
                 payload = self.channel.open(payload)
             self.server.on_frame(self, payload)
@@ -6398,6 +7390,20 @@ class Connection(Link):
             if self.state is State.WAITING:
                 framing.skim()
             self.answer_control(framing)
+        if self.framing is not None:
+            self.account(self.framing.pending)
+
+    def account(self, size):
+        """Count the bytes that are kept here, if they are many; a connection
+        for which there is no room ends."""
+        size = size if size > FREE_PENDING_BYTES else 0
+        more, server = size - self.held, self.server
+        if more:
+            self.held = size
+            server.pending_bytes += more
+            if more > 0 and server.pending_bytes > server.limits.pending_bytes:
+                server.refuse(Refusal.NO_ROOM, f"{self.address} keeps {size} bytes")
+                self.end()
 
     def answer_control(self, framing):
         """Send what the WebSocket itself owes: a pong, or the answer to a
@@ -6422,8 +7428,10 @@ class Connection(Link):
                 self.framing.skim()
             except Refused as refused:
                 self.refuse(refused)
-            else:
-                self.answer_control(self.framing)
+                return
+            self.answer_control(self.framing)
+        if self.framing is not None:
+            self.account(self.framing.pending)
 
     def read_away(self):
         """Throw away what comes, until the other side ends too."""
@@ -6433,6 +7441,45 @@ class Connection(Link):
 
     def read_nothing(self):
         """There is nothing to be read any more."""
+
+    # -- tickets ---------------------------------------------------------------
+
+    def read_tickets(self):
+        """More of what an ID server announces."""
+        data = self.receive()
+        if not data:
+            self.on_nothing(data)
+            return
+        self.take_in(data)
+
+    def on_ticket_bytes(self, data):
+        """Challenge the ID server, then take the tickets that it proves."""
+        self.pending += data
+        if self.tickets is None:
+            greeting, newline, rest = self.pending.partition(b"\n")
+            if not TICKETS_GREETING.startswith(greeting):
+                raise Refused(Refusal.BAD_TICKETS, "another greeting")
+            if not newline:
+                return
+            challenge = os.urandom(32)
+            self.tickets = TicketReceiver(self.server.ticket_secret, challenge)
+            self.write(challenge.hex().encode() + b"\n")
+            self.pending = rest
+        data, self.pending = self.pending, b""
+        for session_uuid, ticket in self.tickets.receive(data):
+            if ticket is None:
+                self.on_announcer()
+            else:
+                self.server.on_ticket(session_uuid, ticket)
+
+    def on_announcer(self):
+        """The ID server has proved the secret: it may be silent from now
+        on."""
+        self.served = True
+        self.be_patient(None)
+        self.server.crowd.know(self)
+        self.server.log.info(f"the ID server at {self.address} announces sessions here")
+        self.write(b"ok\n")
 
     # -- HTTP ------------------------------------------------------------------
 
@@ -6531,6 +7578,7 @@ class Connection(Link):
         that clients on this machine are served as well.
         """
         return (self.entrance.has_console and self.address.is_loopback
+                and self.server.console_mode != "off"
                 and not self.proxied and not data.translate(None, PRINTABLE))
 
     def read_command(self):
@@ -6655,6 +7703,8 @@ class Connection(Link):
         self.ended = True
         self.become(State.CLOSED, self.read_nothing)
         self.be_patient(None)
+        self.account(0)
+        self.server.crowd.leave(self, self.place)
         if self.timer is not None:
             self.timer.cancel()
         then, self.then, self.timer, self.socket = self.then, None, None, None
@@ -6675,26 +7725,23 @@ class Pipe:
     copied and kept, and then the source is not read until it has left.
     """
 
-    __slots__ = ("source", "sink", "session", "server", "receive", "send", "window",
-                 "unsent", "waits", "ended", "reverse")
+    __slots__ = ("source", "sink", "session", "server", "receive", "send", "flow",
+                 "unsent", "ended", "reverse")
 
-    #: Bytes that all pipes hold for slow sinks.
-    held = 0
-
-    def __init__(self, source, sink, session):
+    def __init__(self, source, sink, session, flow):
         self.source, self.sink = source, sink
         self.session, self.server = session, source.server
         self.receive, self.send = source.socket.recv_into, sink.socket.send
-        self.window = session.window
+        self.flow = flow
         self.unsent = None  # a memoryview of what the sink has not taken
-        self.waits = False  # for bandwidth
         self.ended = None  # the word of an end that waits until `unsent` has left
         self.reverse = None
 
     def on_readable(self):
         """Move what has come."""
+        flow = self.flow
         try:
-            size = self.receive(BUFFER, self.window)
+            size = self.receive(BUFFER, flow.window)
         except BlockingIOError:
             return
         except OSError:
@@ -6703,19 +7750,18 @@ class Pipe:
         if not size:
             self.on_end("finished")
             return
-        session = self.session
-        session.allowance -= size
+        flow.allowance -= size
         try:
             sent = self.send(BUFFER_VIEW[:size])
         except BlockingIOError:
             sent = 0
         except OSError:
-            self.server.end_session(session, "broken", self.sink)
+            self.server.end_session(self.session, "broken", self.sink)
             return
         if sent < size:
             self.hold(BUFFER_VIEW[sent:size])
-        if session.allowance < 0:
-            self.settle()
+        if flow.allowance <= 0:
+            self.starve()
 
     def feed(self, data):
         """Move bytes that came before the session began."""
@@ -6738,13 +7784,22 @@ class Pipe:
 
     def hold(self, data):
         """Keep what the sink does not take, and stop reading the source."""
-        held = b"" if self.unsent is None else self.unsent
+        held, server = b"" if self.unsent is None else self.unsent, self.server
         self.unsent = memoryview(b"".join((held, data)))
-        Pipe.held += len(data)
-        if Pipe.held > HELD_BUDGET_BYTES:
-            self.window = HELD_READ_BYTES
+        server.held_bytes += len(data)
         self.source.watch(self.source.interest & ~READ)
         self.sink.watch(self.sink.interest | WRITE)
+        if server.held_bytes > server.limits.held_bytes // 2:
+            self.flow.window = min(self.flow.window, HELD_READ_BYTES)
+            self.make_room()
+
+    def make_room(self):
+        """Where too much is held for slow ends, who adds to it is cut."""
+        server, session = self.server, self.session
+        if server.held_bytes > server.limits.held_bytes:
+            server.refuse(Refusal.NO_ROOM, (
+                f"session {session.number}: {self.sink.address} is too slow"))
+            server.end_session(session, "refused")
 
     def on_writable(self):
         """The sink takes more; when it has everything the source is read
@@ -6756,7 +7811,7 @@ class Pipe:
         except OSError:
             self.server.end_session(self.session, "broken", self.sink)
             return
-        Pipe.held -= sent
+        self.server.held_bytes -= sent
         if sent < len(self.unsent):
             self.unsent = self.unsent[sent:]
             return
@@ -6764,21 +7819,17 @@ class Pipe:
         self.sink.watch(self.sink.interest & ~WRITE)
         if self.ended:
             self.server.end_session(self.session, self.ended, self.source)
-        elif not self.waits:
+        elif not self.flow.starved:
             self.source.watch(self.source.interest | READ)
 
-    def settle(self):
-        """Charge what was moved; too much, and the source has to wait."""
-        seconds = self.session.settle(self.server.loop.now)
-        self.window = self.session.window
-        if seconds > 0 and not self.waits:
-            self.waits = True
+    def starve(self):
+        """It has moved what it may: the source has to wait for more."""
+        self.flow.starved = True
+        if self.source is not None:
             self.source.watch(self.source.interest & ~READ)
-            self.server.loop.later(seconds, self.go_on)
 
     def go_on(self):
-        """The bandwidth is there again."""
-        self.waits = False
+        """There is bandwidth again."""
         if self.source is not None and self.unsent is None and not (
                 self.ended or self.reverse.ended):
             self.source.watch(self.source.interest | READ)
@@ -6799,7 +7850,7 @@ class Pipe:
     def detach(self):
         """The session is over: let go of everything."""
         if self.unsent is not None:
-            Pipe.held -= len(self.unsent)
+            self.server.held_bytes -= len(self.unsent)
         self.source = self.sink = self.reverse = self.unsent = None
         self.receive = self.send = None
 
@@ -6813,16 +7864,17 @@ class Translation(Pipe):
 
     __slots__ = ("translator", "said_goodbye")
 
-    def __init__(self, source, sink, session):
-        super().__init__(source, sink, session)
+    def __init__(self, source, sink, session, flow):
+        super().__init__(source, sink, session, flow)
         kind = WebSocketTranslator if source.is_websocket else FrameTranslator
         self.translator = kind(sink.is_websocket)
         self.said_goodbye = False
 
     def on_readable(self):
         """Translate what has come and pass it on."""
+        flow = self.flow
         try:
-            size = self.receive(BUFFER, min(self.window, TRANSLATION_BYTES))
+            size = self.receive(BUFFER, min(flow.window, TRANSLATION_BYTES))
         except BlockingIOError:
             return
         except OSError:
@@ -6831,18 +7883,17 @@ class Translation(Pipe):
         if not size:
             self.on_end("finished")
             return
-        session = self.session
-        session.allowance -= size
+        flow.allowance -= size
         self.feed(BUFFER_VIEW[:size])
-        if session.allowance < 0 and self.source is not None:
-            self.settle()
+        if flow.allowance <= 0 and self.source is not None:
+            self.starve()
 
     def feed(self, data):
         """Translate bytes; a message beyond the rules ends the session."""
         translator, before = self.translator, len(self.translator.collected)
         try:
             data = translator.translate(data)
-            Pipe.held += len(translator.collected) - before
+            collected = len(translator.collected) - before
         except Refused as refused:
             self.server.refuse(refused.refusal, (
                 f"session {self.session.number}: {self.source.address}: "
@@ -6856,7 +7907,10 @@ class Translation(Pipe):
             reverse.insert(close_frame(WEBSOCKET_CODES.get(refused.refusal, 1008)))
             self.server.end_session(reverse.session, "refused")
             return
-        if data:
+        if collected:
+            self.server.held_bytes += collected
+            self.make_room()
+        if data and self.source is not None:
             self.write(data)
         if translator.answer and self.source is not None:
             answer, translator.answer = translator.answer, b""
@@ -6874,7 +7928,7 @@ class Translation(Pipe):
 
     def detach(self):
         """The session is over: let go of everything."""
-        Pipe.held -= len(self.translator.collected)
+        self.server.held_bytes -= len(self.translator.collected)
         super().detach()
 
     def say_goodbye(self):
@@ -6896,7 +7950,8 @@ def join(session):
     early = first.take_early(), second.take_early()
     translated = first.is_websocket or second.is_websocket
     kind = Translation if translated else Pipe
-    there, back = kind(first, second, session), kind(second, first, session)
+    there = kind(first, second, session, session.flows[0])
+    back = kind(second, first, session, session.flows[1])
     there.reverse, back.reverse = back, there
     first.attach(there.on_readable, back.on_writable)
     second.attach(back.on_readable, there.on_writable)
@@ -6954,6 +8009,169 @@ class RelayCheck:
         if self.done is not None:
             done, self.done = self.done, None
             done(self.healthy)
+
+
+class Announcer:
+    """The connection by which this ID server tells one relay of its list which
+    sessions it has arranged.
+
+    Without it they are kept for as long as they would be good.
+    """
+
+    #: Tickets kept while the relay is away, and what it may leave unread.
+    KEPT_TICKETS, MAX_UNSENT = 1000, 256 * 1024
+    #: How long the relay may take to prove to be one of ours.
+    GREETING_SECONDS = 5.0
+    #: A line of the relay's: its challenge, or `ok`.
+    MAX_LINE_BYTES = 128
+
+    def __init__(self, server, name, keys):
+        self.server = server
+        self.name = name
+        self.keys = keys  # that initiators may show at the relay
+        self.kept = ExpiringTable(60.0, self.KEPT_TICKETS)  # Broker -> None
+        self.trouble = ""  # what was said last about it
+        self.reset()
+        server.resolver.run(lambda: resolve_relays([name]), self.connect)
+
+    def reset(self):
+        """Begin without a connection."""
+        self.socket = self.sender = self.timer = None
+        self.is_ready = False
+        self.received = self.unsent = b""
+        self.interest = 0
+
+    def announce(self, ticket):
+        """Tell the relay of a session, now or when it is there."""
+        if self.is_ready:
+            self.write(self.sender.announcement(ticket, self.keys))
+        else:
+            self.kept.evict()
+            self.kept.put(ticket, None, self.server.loop.now)
+
+    def connect(self, targets):
+        """The relay's name has become an address: connect to it."""
+        if self.server.announcers.get(self.name) is not self:
+            return  # it is not in the list any more
+        if not targets:
+            self.fail("its name has no address")
+            return
+        _, family, sockaddr = targets[0]
+        try:
+            self.socket = socket.socket(family, socket.SOCK_STREAM)
+            self.socket.setblocking(False)
+            keep_alive(self.socket)
+            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self.socket.connect_ex(sockaddr)
+        except OSError as error:
+            self.fail(error.strerror)
+            return
+        self.timer = self.server.loop.later(
+            self.GREETING_SECONDS, lambda: self.fail("it takes no tickets: has it the "
+                                                     "same --relay-secret?"))
+        self.watch(READ)
+        self.write(TICKETS_GREETING)
+
+    def watch(self, interest):
+        """Be called for these events from now on."""
+        before, self.interest = self.interest, interest
+        if before != interest:
+            self.server.loop.change(self.socket, before, interest, self.on_events)
+
+    def write(self, data):
+        """Send, or keep what the socket does not take."""
+        self.unsent += data
+        if len(self.unsent) > self.MAX_UNSENT:
+            self.fail("it does not read what it is told")
+            return
+        try:
+            self.unsent = self.unsent[self.socket.send(self.unsent):]
+        except (BlockingIOError, InterruptedError):
+            pass
+        except OSError as error:
+            if error.errno != errno.ENOTCONN:  # it is still connecting
+                self.fail(error.strerror)
+                return
+        self.watch(READ | WRITE if self.unsent else READ)
+
+    def on_events(self, events):
+        """The relay has said something, or takes more."""
+        if events & READ:
+            self.read()
+        if events & WRITE and self.socket is not None:
+            self.write(b"")
+
+    def read(self):
+        """The relay's lines: a challenge, then `ok`."""
+        try:
+            data = self.socket.recv(RECEIVE_BYTES)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError as error:
+            self.fail(error.strerror)
+            return
+        self.received += data
+        if not data or len(self.received) > self.MAX_LINE_BYTES:
+            self.fail("it hung up" if self.is_ready else
+                      "it takes no tickets: has it the same --relay-secret?")
+            return
+        while b"\n" in self.received and self.socket is not None:
+            line, _, self.received = self.received.partition(b"\n")
+            self.on_line(line)
+
+    def on_line(self, line):
+        """One line of the relay's."""
+        if self.sender is None:
+            try:
+                challenge = bytes.fromhex(line.decode("ascii"))
+            except ValueError:
+                self.fail("it speaks something else")
+                return
+            self.sender = TicketSender(self.server.ticket_secret, challenge)
+            self.write(self.sender.line(""))
+        elif line == b"ok" and not self.is_ready:
+            self.timer.cancel()
+            self.is_ready, self.trouble = True, ""
+            self.server.log.info(f"relay {self.name} takes our sessions only")
+            self.kept.expire(self.server.loop.now)
+            for ticket in list(self.kept.entries):
+                self.kept.discard(ticket)
+                self.announce(ticket)
+
+    def fail(self, why):
+        """No connection: say so once, and try again in a while."""
+        if why != self.trouble:
+            self.trouble = why
+            self.server.log.warn(f"relay {self.name} gets no tickets, so it refuses "
+                                 f"sessions: {why}")
+        self.close()
+        if self.server.announcers.get(self.name) is self:
+            self.server.loop.later(RELAY_CHECK_SECONDS, self.again)
+
+    def again(self):
+        """Try once more."""
+        if self.server.announcers.get(self.name) is self:
+            self.server.resolver.run(lambda: resolve_relays([self.name]), self.connect)
+
+    def close(self):
+        """End the connection."""
+        if self.timer is not None:
+            self.timer.cancel()
+        if self.socket is not None:
+            self.watch(0)
+            self.socket.close()
+        self.reset()
+
+
+def keep_alive(sock):
+    """Let a socket, or a listener's connections, notice an end that vanished
+    without a word."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (("TCP_KEEPIDLE", KEEPALIVE_IDLE_SECONDS),
+                        ("TCP_KEEPINTVL", KEEPALIVE_INTERVAL_SECONDS),
+                        ("TCP_KEEPCNT", KEEPALIVE_PROBES)):
+        if hasattr(socket, name):
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def resolve_relays(names):
@@ -7016,6 +8234,10 @@ class Server:
         self.role = role
         self.directory = directory
         self.log = log
+        self.limits = Limits(config)
+        self.crowd = Crowd(self.limits)
+        self.held_bytes = 0  # of sessions, for slow ends
+        self.pending_bytes = 0  # of unfinished messages and waiting links
         self.attempts = Attempts()
         self.supervisor = Supervisor(os.environ)
         self.draining = False
@@ -7029,13 +8251,19 @@ class Server:
         self.pipes = {}  # session number -> the two pipes
         self.stores = []  # `Store` actions of this turn
         self.lines_this_minute = collections.Counter()  # of each refusal
-        self.first_patience = ExpiringTable(FIRST_FRAME_SECONDS, 1 << 30)
-        self.next_patience = ExpiringTable(NEXT_FRAME_SECONDS, 1 << 30)
-        self.relay_patience = ExpiringTable(RELAY_FIRST_FRAME_SECONDS, 1 << 30)
-        self.endings = ExpiringTable(LINGER_SECONDS, 1 << 30)
-        self.survivors = ExpiringTable(SURVIVOR_SECONDS, 1 << 30)
+        all_links = 1 << 30  # the crowd is bounded by itself
+        self.first_patience = self.limits.table("first_frame_seconds", all_links)
+        self.next_patience = self.limits.table("next_frame_seconds", all_links)
+        self.relay_patience = self.limits.table("relay_first_frame_seconds", all_links)
+        self.endings = ExpiringTable(LINGER_SECONDS, all_links)
+        self.survivors = ExpiringTable(SURVIVOR_SECONDS, all_links)
         self.pseudo_addresses = set()  # of clients behind a reverse proxy
         self.current_exchange_key = None
+        self.ticket_secret = read_ticket_secret(config.relay_secret)
+        self.announcers = {}  # name of a relay -> Announcer
+        self.sharing = False  # whether bandwidth is shared out just now
+        self.load = None  # gives the configuration that a start would have now
+        self.door = None  # the operator's
         self.tls = self.load_certificate()
         self.ticks = 0
         self.silent_relays = set()
@@ -7055,12 +8283,14 @@ class Server:
         text = self.config.key
         plant_key(self.directory, self.config.key_priv, self.config.key_pub)
         if text is None:
-            text = "" if is_relay else "-"
+            is_open = is_relay and self.config.key_policy != "require"
+            text = "" if is_open else "-"
         if is_relay and text in ("-", "_"):
             wait_for_key_file(self.directory)
         key, warnings = load_server_key(text, is_relay, self.directory, os.urandom)
         for warning in warnings:
             self.log.warn(warning)
+        key.accepted = self.config.accept_key
         return key
 
     def load_certificate(self):
@@ -7116,11 +8346,31 @@ class Server:
                                "holds the known peers") from None
         self.report_store()
         self.rendezvous = Rendezvous(
-            self.config, key, self.store, self.attempts, os.urandom)
+            self.config, key, self.store, self.attempts, self.limits, os.urandom)
         self.find_local_relay()
-        self.consoles[Listener.NAT_TEST] = RendezvousConsole(self.rendezvous, self.utc)
+        self.consoles[Listener.NAT_TEST] = RendezvousConsole(
+            self.rendezvous, self.utc, self.change_by_console)
         self.take_handlers(self.rendezvous)
         self.check_relays()
+        self.announce_to_relays()
+
+    def announce_to_relays(self):
+        """Have a connection to every relay of the list that asks for
+        tickets."""
+        names = self.rendezvous.relays.names if self.ticket_secret else ()
+        if self.role == "hbbs" and self.config.relay_servers and not names:
+            self.log.warn("the relays of --relay-servers carry anybody's sessions, as "
+                          "far as this server knows: --relay-secret here and there "
+                          "ends that")
+        for name in set(self.announcers) - set(names):
+            self.announcers.pop(name).close()
+        if names and self.resolver is None:
+            self.resolver = Helper(self.loop)
+        key = self.rendezvous.key
+        for name in names:
+            if name not in self.announcers:
+                announcer = Announcer(self, name, (key.required, *key.accepted))
+                self.announcers[name] = announcer
 
     def find_local_relay(self):
         """How peers in the network of --mask reach our relay."""
@@ -7154,9 +8404,18 @@ class Server:
         """The relay: its key, its lists of addresses, its role."""
         key = self.load_key(True)
         lists = [self.read_addresses(name) for name in (SLOWED_FILE, REFUSED_FILE)]
-        self.relay = Relay(self.config, key, self.attempts, *lists, self.loop.now)
-        self.consoles[Listener.RELAY] = RelayConsole(self.relay)
+        self.relay = Relay(
+            self.config, key, self.attempts, self.limits, *lists, self.loop.now)
+        self.consoles[Listener.RELAY] = RelayConsole(
+            self.relay, self.change_by_console, self.edit_by_console)
         self.take_handlers(self.relay)
+        if self.relay.asks_tickets and self.role == "hbbr" and not self.ticket_secret:
+            raise StartTrouble("--relay-tickets on needs an ID server that announces "
+                               "them: give both the same --relay-secret")
+        if not self.relay.asks_tickets and not key.required:
+            self.log.warn("the relay has neither tickets nor a key: anybody who finds "
+                          "its port can send traffic through it.  --relay-tickets on, "
+                          "--relay-secret or -k closes it")
 
     def read_addresses(self, name):
         """The addresses of one of the official lists, if there is such a
@@ -7203,6 +8462,15 @@ class Server:
         default = Listener.RELAY if self.rendezvous is None else Listener.TCP
         for ip, port in self.config.listen:
             self.listen(port, "added", default, ip)
+        self.open_door()
+
+    def open_door(self):
+        """Let the operator in, who may write in the state directory."""
+        path = os.path.join(self.directory, door_name(self.role))
+        try:
+            self.door = Door(self, path)
+        except (OSError, AttributeError) as error:  # such as on Windows
+            self.log.warn(f"no subcommand will reach this server: {path}: {error}")
 
     def listen_for_api(self, port):
         """Answer web API requests with 404, unless an API server is there."""
@@ -7274,12 +8542,28 @@ class Server:
 
     # -- what comes ------------------------------------------------------------
 
-    def admits(self, listener, address):
-        """Whether a connection from this address is taken on at all."""
-        if listener is Listener.RELAY and not self.relay.admits_address(address):
+    def admits(self, listener, address, place):
+        """Whether a connection from this address is taken on at all.
+
+        Where there are too many, the oldest stranger makes room for it.
+        """
+        if self.limits.rules.refuses_address(address.ip) or (
+                listener is Listener.RELAY and not self.relay.admits_address(address)):
             self.refuse(Refusal.REFUSED_ADDRESS, str(address))
             return False
-        return True
+        excess, stranger = self.crowd.excess(place)
+        if excess is None:
+            return True
+        self.refuse(excess, str(address if stranger is None else stranger.address))
+        if stranger is not None:
+            stranger.close()
+        return stranger is not None
+
+    @property
+    def console_mode(self):
+        """What the official consoles do."""
+        is_default = self.config.trusted_proxy is TRUST_LOOPBACK
+        return self.config.console or ("read" if is_default else "off")
 
     def trusts(self, ip):
         """Whether an address may say that its clients are at another one."""
@@ -7330,6 +8614,9 @@ class Server:
         address = address_of(client or sockaddr)
         if not address.port:
             return  # forged: nobody can be answered there
+        if self.limits.rules.refuses_address(address.ip):
+            self.refuse(Refusal.REFUSED_ADDRESS, str(address))
+            return
         try:
             message = decode_message(datagram)
             handler = self.accepts[Listener.UDP].get(type(message))
@@ -7371,7 +8658,7 @@ class Server:
                 text = f"{type(message).__name__} from {link.address}"
                 self.refuse(Refusal.NOT_ACCEPTED_HERE, text)
             link.strange += 1
-        if (link.strange >= MAX_STRANGE_MESSAGES
+        if (link.strange >= self.limits.strange_messages
                 or link.listener in (Listener.NAT_TEST, Listener.API)):
             link.end()
 
@@ -7385,6 +8672,10 @@ class Server:
             text = f"{' '.join(words)!a} from {link.address} was not done"
             self.refuse(Refusal.READ_ONLY, text)
             return "nothing was changed: this console only answers questions\n"
+
+    def on_ticket(self, session_uuid, ticket):
+        """The ID server has arranged a session."""
+        self.perform(self.relay.on_ticket(session_uuid, ticket, self.loop.now))
 
     def on_closed(self, link):
         """A connection has ended: its role forgets it."""
@@ -7444,6 +8735,28 @@ class Server:
         for pipe, early in joined:
             if early and pipe.source is not None:
                 pipe.feed(early)
+        if not self.sharing and self.relay.is_capped(session):
+            self.share_bandwidth()
+
+    def share_bandwidth(self):
+        """While a session is capped: give out what may be carried next."""
+        self.sharing = any(map(self.relay.is_capped, self.relay.sessions.values()))
+        if self.sharing:
+            self.loop.later(SHARE_SECONDS, self.share_bandwidth)
+            self.perform(self.relay.share_bandwidth(self.loop.now))
+
+    def do_resume(self, action):
+        """Let a session move bytes again."""
+        for pipe in self.pipes.get(action.session.number, ()):
+            pipe.go_on()
+
+    def do_broker(self, action):
+        """Tell our relay, and those of the list, of an arranged session."""
+        fault_of = self.rendezvous.key.fault_of if action.needs_key else None
+        if self.relay is not None and self.relay.asks_tickets:
+            self.on_ticket(action.session_uuid, Ticket(action.peer_id, fault_of))
+        for announcer in self.announcers.values():
+            announcer.announce(action)
 
     def do_store(self, action):
         """Write a peer at the end of this turn."""
@@ -7460,6 +8773,12 @@ class Server:
         level = "warn" if action.word in WARNINGS else "info"
         self.log.write(level, f"{action.word}: {action.text}")
 
+    def do_tolerate(self, action):
+        """Count what was let pass, and log it, no more than so often."""
+        word = f"tolerated-{action.refusal.value}"
+        if self.may_log(word):
+            self.log.warn(f"{word}: {action.text}")
+
     def do_refuse(self, action):
         """Count a refusal and log it."""
         self.refuse(action.refusal, action.text)
@@ -7467,8 +8786,8 @@ class Server:
     PERFORM = {
         Send: do_send, SendDatagram: do_send_datagram, Close: do_close,
         Heartbeat: do_heartbeat, Keep: do_keep, HangUp: do_hang_up,
-        Pair: do_pair, Store: do_store, Later: do_later,
-        Report: do_report, Refuse: do_refuse,
+        Pair: do_pair, Resume: do_resume, Broker: do_broker, Store: do_store,
+        Later: do_later, Report: do_report, Tolerate: do_tolerate, Refuse: do_refuse,
     }
 
     def refuse(self, refusal, text):
@@ -7483,7 +8802,7 @@ class Server:
         self.attempts.count(word)
         lines = self.lines_this_minute[word]
         self.lines_this_minute[word] += 1
-        return lines < REFUSAL_LINES_PER_MINUTE
+        return lines < self.limits.log_lines
 
     def end_session(self, session, word, gone=None):
         """End both links of a session; `gone` is the one that has ended by
@@ -7555,6 +8874,8 @@ class Server:
         self.ticks += 1
         if self.ticks % 60 == 0:
             self.report_kept_back()
+        if self.store is not None and self.ticks % UNTRIED_CHECK_SECONDS == 0:
+            self.perform(self.rendezvous.forget_untried(int(time.time())))
 
     def on_silence(self, link):
         """A link has said nothing for as long as it may."""
@@ -7565,8 +8886,8 @@ class Server:
     def report_kept_back(self):
         """Once a minute: how many refusals were not logged."""
         for word, count in self.lines_this_minute.items():
-            if count > REFUSAL_LINES_PER_MINUTE:
-                more = count - REFUSAL_LINES_PER_MINUTE
+            if count > self.limits.log_lines:
+                more = count - self.limits.log_lines
                 self.log.warn(f"refused, {word}: {more} more in the last minute")
         self.lines_this_minute.clear()
 
@@ -7749,33 +9070,35 @@ class Server:
         gc.freeze()  # what is loaded by now is never looked through again
         self.loop.run()
 
-    def reload(self, load):
+    def reload(self):
         """SIGHUP: read again what can change while we run, all of it or
-        nothing.
-
-        `load` gives the `Config` that a start would have now.
-        """
+        nothing; returns what stands in the way, or ""."""
         moment = time.monotonic_ns() // 1000
         self.supervisor.notify("RELOADING=1", f"MONOTONIC_USEC={moment}")
         try:
-            config = load()
+            config = self.load()
+            Limits(config)
             lists = self.relay and [
                 self.read_addresses(name) for name in (SLOWED_FILE, REFUSED_FILE)]
             if self.tls is not None:
                 self.reload_certificate()
         except (ConfigTrouble, StartTrouble) as trouble:
-            self.log.error(f"nothing is changed: {trouble}")
+            why = str(trouble)
+            self.log.error(f"nothing is changed: {why}")
         else:
+            why = ""
             if lists:
                 self.relay.slowed, self.relay.refused = lists
             self.take_config(config)
         self.supervisor.notify("READY=1")
+        return why
 
     def take_config(self, config):
         """Let new settings be in force where that can be, and say what
         changed."""
         for warning in config.warnings:
             self.log.warn(warning)
+        self.limits.take(config)
         changed = [name for name in SETTINGS
                    if getattr(config, name) != getattr(self.config, name)]
         for name in changed:
@@ -7789,10 +9112,80 @@ class Server:
                 self.rendezvous.relays = RelayServers(config.relay_servers)
             if "mask" in changed or "local_ip" in changed:
                 self.find_local_relay()
-        if self.relay is not None:
-            self.relay.total.set_rate(config.total_bandwidth)
+                self.announce_to_relays()
+        self.enforce()
         self.log.set_level(self.config.log_level)
         self.log.info(f"configuration read again, {len(changed)} settings changed")
+
+    def enforce(self):
+        """Let limits, rules, keys and bandwidth be those of the configuration,
+        also for what lives already."""
+        config, rules = self.config, self.limits.rules
+        if self.rendezvous is not None:
+            self.rendezvous.key.accepted = config.accept_key
+            self.perform(self.rendezvous.enforce())
+        for link in list(self.crowd.links):
+            if rules.refuses_address(link.address.ip):
+                self.cut(link)
+        if self.relay is not None:
+            self.relay.key.accepted = config.accept_key
+            self.relay.set_total(self.loop.now)
+            for session in list(self.relay.sessions.values()):
+                if session.peer_id and rules.refuses_id(session.peer_id):
+                    self.end_session(session, "cut")
+            if not self.sharing:
+                self.share_bandwidth()
+
+    def cut(self, link):
+        """End a connection that the operator does not want."""
+        if isinstance(link.errand, Session):
+            self.end_session(link.errand, "cut")
+        link.close()
+
+    # -- changes at run time ---------------------------------------------------
+
+    def change(self, name, text):
+        """Change a setting now and for good; None returns to what was
+        configured.
+
+        ValueError or ConfigTrouble if it cannot be, OSError if the disk does
+        not keep it: then nothing has changed.
+        """
+        row = SETTINGS[canonical_name(name)]
+        if text is not None:
+            value = row.parse(text)
+            if row.attribute == "limit":
+                trial = Config()
+                trial.limit = value
+                Limits(trial)  # ConfigTrouble if there is no such limit
+        save_changes(self.directory, {row.name: text})
+        self.take_config(self.load())
+
+    def change_by_console(self, name=None, text=None):
+        """What an official console does with a change."""
+        if self.console_mode != "full":
+            raise ReadOnly()
+        if name is not None:
+            try:
+                self.change(name, text)
+            except (ConfigTrouble, OSError) as trouble:
+                self.log.error(f"nothing is changed: {trouble}")
+
+    def edit_by_console(self, name, words, add):
+        """Add addresses to one of the official lists, or remove them, in its
+        file as well."""
+        self.change_by_console()
+        addresses = self.relay.slowed if name == SLOWED_FILE else self.relay.refused
+        if not add and words == ["all"]:
+            addresses.clear()
+        for word in words if add else ():
+            addresses.add(parse_ip(word))
+        addresses.difference_update(words if not add else ())
+        try:
+            write_in_place(os.path.join(self.directory, name),
+                           "".join(f"{ip}\n" for ip in sorted(addresses)))
+        except OSError as error:
+            self.log.error(f"{name} is changed only until the next start: {error}")
 
     def health(self):
         """One line for who watches over us; no secrets, since anybody may
@@ -7835,6 +9228,10 @@ class Server:
         everything."""
         for listener in self.listeners:
             listener.close()
+        if self.door is not None:
+            self.door.close()
+        for announcer in self.announcers.values():
+            announcer.close()
         if self.relay is not None:
             sessions = list(self.relay.sessions.values())
             for session in sessions:
@@ -7846,6 +9243,350 @@ class Server:
             self.close_store()
         self.log.info("stopped")
         self.log.flush()
+
+
+class Door:
+    """The Unix socket by which the subcommands speak to the running server: a
+    line of JSON each way."""
+
+    #: A command, with lists of ids and networks.
+    MAX_LINE_BYTES = 1024 * 1024
+
+    def __init__(self, server, path):
+        self.server = server
+        self.path = path
+        self.operator = Operator(server)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)  # of a server that was killed; the lock keeps others out
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        before = os.umask(0o177)
+        try:
+            self.socket.bind(path)
+        finally:
+            os.umask(before)
+        self.socket.listen(8)
+        self.socket.setblocking(False)
+        server.loop.watch(self.socket, READ, self.on_events)
+
+    def on_events(self, events):
+        """A subcommand comes."""
+        try:
+            sock, _ = self.socket.accept()
+        except OSError:
+            return
+        sock.setblocking(False)
+        Visit(self, sock)
+
+    def close(self):
+        """Let nobody in any more."""
+        self.server.loop.change(self.socket, READ, 0, None)
+        self.socket.close()
+        with contextlib.suppress(OSError):
+            os.unlink(self.path)
+
+
+class Visit:
+    """One subcommand at the door."""
+
+    def __init__(self, door, sock):
+        self.door = door
+        self.socket = sock
+        self.data = b""
+        self.loop = door.server.loop
+        self.loop.watch(sock, READ, self.read)
+
+    def read(self, events):
+        """More of the command; when it is whole it is done."""
+        try:
+            data = self.socket.recv(RECEIVE_BYTES)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        self.data += data
+        if b"\n" in self.data:
+            self.loop.change(self.socket, READ, 0, None)
+            line, self.data = self.data, b""
+            self.door.operator.obey(line, self.answer)
+        elif not data or len(self.data) > Door.MAX_LINE_BYTES:
+            self.loop.change(self.socket, READ, 0, None)
+            self.socket.close()
+
+    def answer(self, reply):
+        """Send the reply, as fast as it is taken."""
+        self.data = json.dumps(reply).encode() + b"\n"
+        self.loop.watch(self.socket, WRITE, self.write)
+
+    def write(self, events):
+        """The subcommand takes more."""
+        try:
+            self.data = self.data[self.socket.send(self.data):]
+        except BlockingIOError:
+            return
+        except OSError:
+            self.data = b""
+        if not self.data:
+            self.loop.change(self.socket, WRITE, 0, None)
+            self.socket.close()
+
+
+def door_name(role):
+    """The file name of the door of a server in this role."""
+    return f".{role}.door"
+
+
+class Mistake(Exception):
+    """The operator asked for something that cannot be; the text says why."""
+
+
+class Operator:
+    """What the subcommands ask of the running server, a method each.
+
+    A command gets its words and a function for its reply: {"said": sentence}
+    and perhaps "columns" and "rows" of a table.
+    """
+
+    def __init__(self, server):
+        self.server = server
+        self.rendezvous, self.relay = server.rendezvous, server.relay
+
+    def obey(self, line, answer):
+        """Do what a line asks for; a mistake is answered as {"fault": why}."""
+        try:
+            name, *words = json.loads(line)
+            command = self.COMMANDS.get(name)
+            if command is None:
+                raise Mistake(f"there is no command {name}")
+            command(self, words, answer)
+        except (Mistake, ConfigTrouble, ValueError) as mistake:
+            answer({"fault": str(mistake)})
+        except OSError as error:
+            answer({"fault": f"the disk does not take it: {error.strerror}"})
+
+    # -- looking ---------------------------------------------------------------
+
+    def peers(self, words, answer):
+        """Every known device, or some, and those that wait for approval."""
+        if self.rendezvous is None:
+            answer({})
+            return
+        known, waiting = self.rendezvous.store.peers, self.rendezvous.applicants
+        rows = [self.peer_row(peer) for peer in known.values()
+                if not words or peer.peer_id in words]
+        rows += [[peer.peer_id, "waits for approval", peer.ip, "", ""]
+                 for _, peer in waiting.entries.values()
+                 if not words or peer.peer_id in words]
+        answer({"columns": ["id", "state", "address", "transport", "last seen"],
+                "rows": rows, "said": f"{len(rows)} devices"})
+
+    def peer_row(self, peer):
+        """A device as a row of the table."""
+        now = self.server.loop.now
+        registration = self.rendezvous.registrations.get(peer.peer_id)
+        online = registration is not None and registration.is_online(now)
+        state = peer.state or ("online" if online else "offline")
+        if registration is None:
+            seen = time.strftime("%Y-%m-%d %H:%M", time.localtime(peer.seen))
+            return [peer.peer_id, state, peer.ip, "", seen if peer.seen else ""]
+        kind = "UDP" if registration.link is None else (
+            "WebSocket" if registration.link.is_websocket else "TCP")
+        return [peer.peer_id, state, str(registration.address), kind,
+                f"{now - registration.seen:.0f} s ago"]
+
+    def sessions(self, words, answer):
+        """Every relayed session."""
+        if self.relay is None:
+            answer({})
+            return
+        now = self.server.loop.now
+        rows = [[session.number, session.peer_id, str(session.first.address),
+                 str(session.second.address), round(now - session.started),
+                 round(session.carried / 1e6, 2), round(session.rate)]
+                for session in self.relay.sessions.values()]
+        answer({"columns": ["number", "peer", "one end", "other end", "seconds", "MB",
+                            "kb/s"],
+                "rows": rows, "said": f"{len(rows)} sessions"})
+
+    # -- devices ---------------------------------------------------------------
+
+    def kick(self, words, answer):
+        """End what an id or a session has now; it may come back."""
+        ended = 0
+        for word in one_or_more(words):
+            if self.rendezvous is not None and word in self.rendezvous.registrations:
+                self.server.perform(self.rendezvous.cut(word))
+                ended += 1
+            ended += self.end_sessions(
+                lambda session: word in (session.peer_id, str(session.number)))
+        answer({"said": f"{ended} ended"})
+
+    def end_sessions(self, unwanted):
+        """End relayed sessions; how many."""
+        sessions = self.relay.sessions.values() if self.relay is not None else ()
+        found = [session for session in sessions if unwanted(session)]
+        for session in found:
+            self.server.end_session(session, "cut")
+        return len(found)
+
+    def set_state(self, words, answer, state, said):
+        """Write another state of a known device, and end what it has."""
+        (word,) = one_or_more(words, most=1)
+        self.end_sessions(lambda session: session.peer_id == word)
+        if self.rendezvous is None:
+            answer({})
+            return
+        if word not in self.rendezvous.store.peers:
+            raise Mistake(f"no device has the id {word}")
+        self.server.perform(self.rendezvous.set_state(
+            word, state, lambda written: answer(outcome(written, f"{word} {said}"))))
+
+    def forget(self, words, answer):
+        """Remove an id as if it had never been."""
+        self.set_state(words, answer, FORGOTTEN, "is forgotten")
+
+    def reclaim(self, words, answer):
+        """Let the next device that claims an id have it."""
+        said = "goes to the next device that claims it"
+        self.set_state(words, answer, RELEASED, said)
+
+    def disable(self, words, answer):
+        """Serve a device no more, until it is approved again."""
+        self.set_state(words, answer, DISABLED, "is disabled; approve ends that")
+
+    def approve(self, words, answer):
+        """Let a waiting or disabled device register; without an id, who
+        waits."""
+        if self.rendezvous is None:
+            answer({})
+            return
+        waiting = self.rendezvous.applicants
+        if not words:
+            rows = [[peer.peer_id, peer.ip] for _, peer in waiting.entries.values()]
+            answer({"columns": ["id", "address"], "rows": rows,
+                    "said": f"{len(rows)} devices wait for approval"})
+            return
+        (word,) = one_or_more(words, most=1)
+        if waiting.get(word) is None and word not in self.rendezvous.store.peers:
+            raise Mistake(f"no device {word} waits or is known")
+        self.server.perform(self.rendezvous.approve(
+            word, lambda written: answer(outcome(written, f"{word} is approved"))))
+
+    # -- settings --------------------------------------------------------------
+
+    def allow(self, words, answer):
+        """Add to `--allow`, or take away with a - behind."""
+        self.change_lists("allow", "refuse", words, answer)
+
+    def refuse(self, words, answer):
+        """Add to `--refuse`, or take away with a - behind."""
+        self.change_lists("refuse", "allow", words, answer)
+
+    def change_lists(self, name, other, words, answer):
+        """Move a subject into one list and out of the other."""
+        config, remove = self.server.config, words[1:] == ["-"]
+        ours, theirs = list(getattr(config, name)), list(getattr(config, other))
+        if words:
+            subject = parse_subject(one_or_more(words[:-1] if remove else words, 1)[0])
+            ours = [entry for entry in ours if entry != subject]
+            if not remove:
+                ours.append(subject)
+                theirs = [entry for entry in theirs if entry != subject]
+            if theirs != list(getattr(config, other)):
+                self.server.change(other, ",".join(map(str, theirs)) or "-")
+            self.server.change(name, ",".join(map(str, ours)) or "-")
+        answer({"columns": [name], "rows": [[str(entry)] for entry in ours],
+                "said": f"{len(ours)} entries of --{name}"})
+
+    def limits(self, words, answer):
+        """The limits and the bandwidth, or another number for one of them."""
+        if len(words) > 1:
+            self.change_limit(*words[:2])
+        limits, config = self.server.limits, self.server.config
+        rows = [[row.name, getattr(limits, attribute), row.default, row.unit,
+                 row.reason]
+                for attribute, row in LIMITS.items()]
+        rows += [[SETTINGS[name].name, value if value is not None else "none",
+                  SETTINGS[name].default or "none", SETTINGS[name].metavar.lower(), ""]
+                 for name in BANDWIDTH for value in [getattr(config, name)]]
+        if words:
+            rows = [row for row in rows if row[0] == words[0].replace("_", "-")]
+            if not rows:
+                raise Mistake(f"there is no limit {words[0]}; `limits` lists them")
+        answer({"columns": ["limit", "number", "default", "unit", "reason"],
+                "rows": rows, "said": ""})
+
+    def change_limit(self, name, number):
+        """Another number for a limit; `-` returns to what was configured."""
+        attribute = canonical_name(name)
+        if attribute in BANDWIDTH:
+            self.server.change(name, None if number == "-" else number)
+            return
+        changes = read_changes(self.server.directory).get("limit", "")
+        numbers = {canonical_name(one): value for one, value in parse_limits(changes)}
+        numbers[attribute] = number
+        if number == "-":
+            del numbers[attribute]
+        text = ",".join(f"{one.replace('_', '-')}={value}"
+                        for one, value in numbers.items())
+        self.server.change("limit", text or None)
+
+    def relay_servers(self, words, answer):
+        """The relays that clients are sent to, and whether they answer."""
+        if self.rendezvous is None:
+            answer({})
+            return
+        if words:
+            self.server.change(
+                "relay-servers", None if words == ["-"] else ",".join(words))
+        relays = self.rendezvous.relays
+        rows = [[entry.name, str(entry.network or ""),
+                 "answers" if entry.name in relays.healthy else "silent"]
+                for entry in relays.entries]
+        answer({"columns": ["relay", "for", "state"], "rows": rows,
+                "said": f"{len(rows)} relays"})
+
+    def always_use_relay(self, words, answer):
+        """Whether everything is relayed."""
+        if self.rendezvous is None:
+            answer({})
+            return
+        if words:
+            (word,) = one_or_more(words, most=1)
+            self.server.change("always-use-relay", None if word == "-" else word)
+        on = self.server.config.always_use_relay
+        answer({"said": f"always-use-relay is {'Y' if on else 'N'}"})
+
+    def reload(self, words, answer):
+        """Read configuration, lists and certificates again."""
+        why = self.server.reload()
+        fault = {"fault": f"nothing is changed: {why}"}
+        answer(fault if why else {"said": "read again"})
+
+    COMMANDS = {
+        "peers": peers, "sessions": sessions, "kick": kick, "forget": forget,
+        "reclaim": reclaim, "approve": approve, "disable": disable, "allow": allow,
+        "refuse": refuse, "limits": limits, "relay-servers": relay_servers,
+        "always-use-relay": always_use_relay, "reload": reload,
+    }
+
+
+#: Settings that `limits` shows and changes beside the limits.
+BANDWIDTH = ("single_bandwidth", "total_bandwidth", "limit_speed",
+             "downgrade_threshold", "downgrade_start_check", "idle_limit")
+
+
+def one_or_more(words, most=None):
+    """The words of a command that needs some; Mistake if they are too few or
+    too many."""
+    if not words or most is not None and len(words) > most:
+        raise Mistake("name one" if most == 1 else "name one or more")
+    return words
+
+
+def outcome(written, said):
+    """The reply to a change that had to be written."""
+    return {"said": said} if written else {
+        "fault": "the disk does not take it; nothing is changed"}
 
 
 class Supervisor:
@@ -7903,17 +9644,6 @@ def prepare(sock, kind, dual):
         if os.name == "posix":
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-
-
-def keep_alive(sock):
-    """Let a listener's connections notice an end that vanished without a
-    word."""
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in (("TCP_KEEPIDLE", KEEPALIVE_IDLE_SECONDS),
-                        ("TCP_KEEPINTVL", KEEPALIVE_INTERVAL_SECONDS),
-                        ("TCP_KEEPCNT", KEEPALIVE_PROBES)):
-        if hasattr(socket, name):
-            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def bind_failure(kind, ip, port, error):
@@ -7981,8 +9711,8 @@ def holds_inode(pid, inodes):
 
 #: The first line of a backup, and the files that it holds when they are there.
 BACKUP_TITLE = "rustdesk_server backup 1"
-BACKUP_FILES = (KEY_FILE, PUBLIC_KEY_FILE, STORE_FILE, ".env", SLOWED_FILE,
-                REFUSED_FILE)
+BACKUP_FILES = (KEY_FILE, PUBLIC_KEY_FILE, STORE_FILE, ".env", CHANGES_FILE,
+                SLOWED_FILE, REFUSED_FILE)
 COPY_BYTES = 1024 * 1024
 #: Rows taken over at a time.
 IMPORT_SLICE = 1000
@@ -8154,7 +9884,7 @@ def copy_if_missing(source, target):
     or ""."""
     if os.path.exists(source) and not os.path.exists(target):
         with open(source, "rb") as file:
-            mode = 0o600 if target.endswith(KEY_FILE) else 0o644
+            mode = 0o644 if target.endswith((".txt", ".pub")) else 0o600
             write_new_file(target, file.read(), mode)
         return f"{os.path.basename(source)} copied"
     return ""
@@ -8340,6 +10070,32 @@ def keep_previous(path):
         os.replace(path, previous)
 
 
+def rotate_key(directory, random_bytes):
+    """A new key pair in the place of ours, which is kept aside; sentences
+    about it."""
+    secret = read_key_file(directory)
+    if secret is None:
+        raise MaintenanceTrouble(f"{directory} has no {KEY_FILE} to replace: the first "
+                                 "start makes one")
+    new, old = generate_secret(random_bytes), encode_base64(secret[32:])
+    aside = hashlib.sha256(secret[32:]).hexdigest()[:8]
+    for name in KEY_FILE, PUBLIC_KEY_FILE:
+        path = os.path.join(directory, name)
+        if os.path.exists(path):
+            copy_if_missing(path, f"{path}.{aside}")
+    write_in_place(os.path.join(directory, KEY_FILE), encode_base64(new))
+    write_in_place(os.path.join(directory, PUBLIC_KEY_FILE), encode_base64(new[32:]))
+    os.chmod(os.path.join(directory, PUBLIC_KEY_FILE), 0o644)
+    sync_directory(os.path.join(directory, KEY_FILE))
+    return [f"the new key is {encode_base64(new[32:])}; clients need it once the "
+            "server has been started again",
+            f"the old pair is kept as {KEY_FILE}.{aside}",
+            "until all clients have the new key, the setting",
+            f"  accept-key = {old}",
+            "lets those with the old one in, whose sessions are then unencrypted; who "
+            "has to be kept out, has it too"]
+
+
 # -- looking -------------------------------------------------------------------
 
 
@@ -8441,6 +10197,24 @@ ROLES = {
 }
 
 
+#: What can be asked of a running server: operands and meaning.
+ORDERS = {
+    "peers": (" [ID...]", "the devices, where they are and when they were seen"),
+    "sessions": ("", "the relayed sessions"),
+    "kick": (" ID|NUMBER", "end a device's route and sessions, or one session"),
+    "forget": (" ID", "remove a device"),
+    "reclaim": (" ID", "let the next device that claims an id have it"),
+    "approve": (" [ID]", "let a new or disabled device register"),
+    "disable": (" ID", "serve a device no more"),
+    "allow": (" [X [-]]", "ids and networks that are served (- takes one away)"),
+    "refuse": (" [X [-]]", "ids and networks that are not"),
+    "limits": (" [NAME [N]]", "every limit, or another number for one (- ends that)"),
+    "relay-servers": (" [HOSTS]", "the relays that clients are sent to"),
+    "always-use-relay": (" [Y|N]", "whether everything is relayed"),
+    "reload": ("", "read configuration, lists and certificates again"),
+}
+
+
 def add_settings(parser):
     """A flag for each setting; the texts are read by the configuration."""
     parser.add_argument("-c", "--config", metavar="FILE",
@@ -8448,7 +10222,7 @@ def add_settings(parser):
     for row in SETTINGS.values():
         flags = ([f"-{row.short}"] if row.short else []) + [f"--{row.name}"]
         text = f"ignored: {row.deprecated}" if row.deprecated else row.text
-        action = "append" if row.parse is parse_endpoints else "store"
+        action = "append" if row.parse in REPEATABLE else "store"
         parser.add_argument(*flags, dest=row.attribute, metavar=row.metavar,
                             action=action,
                             help=text.replace("`", "").replace("%", "%%"))
@@ -8467,9 +10241,13 @@ def build_parser(command):
         "  restore FILE          bring them back\n"
         "  import SOURCE         take over an official server's data\n"
         "  export-official DIR   write them as the official server keeps them\n"
+        "  rotate-key            a new key in the place of a leaked one\n"
         "  genkeypair            print a fresh key pair\n"
         "  validatekeypair PUBLIC SECRET\n"
-        "                        say whether two keys belong together\n")
+        "                        say whether two keys belong together\n"
+        "of a running server:\n"
+        + "".join(f"  {name + operands:21} {text}\n"
+                  for name, (operands, text) in ORDERS.items()))
     parser = argparse.ArgumentParser(
         prog=name, epilog=epilog, allow_abbrev=False,
         description=DESCRIPTION if not command else f"Run {ROLES[command]}.",
@@ -8483,6 +10261,7 @@ def run_role(command, arguments):
     """Run a server until it is told to stop; returns the exit status."""
     flags = vars(build_parser(command).parse_args(arguments))
     role = command or "both"
+    enter_directory(flags)
 
     def load():
         return load_config(role, flags, os.environ, ".")
@@ -8498,13 +10277,16 @@ def run_role(command, arguments):
         if role != "hbbr":
             adopt_official(config, log)
         server = Server(config, role, ".", log)
+        server.load = load
         server.open_listeners()
+        if config.user:
+            become(config.user)
     except (ConfigTrouble, KeyTrouble, StartTrouble, DirectoryInUse) as trouble:
         if log is not None:
             log.flush()
         raise SystemExit(f"rustdesk_server: {trouble}") from None
     introduce(server)
-    catch_signals(server, load)
+    catch_signals(server)
     server.supervisor.notify("READY=1")
     try:
         server.run()
@@ -8512,6 +10294,44 @@ def run_role(command, arguments):
         server.close()
         unlock(locks)
     return 0
+
+
+def enter_directory(flags):
+    """Work in the state directory; a file named by -c stays the same one."""
+    directory = flags.get("directory")
+    if flags.get("config"):
+        flags["config"] = os.path.abspath(flags["config"])
+    if directory:
+        try:
+            os.makedirs(directory, mode=0o700, exist_ok=True)
+            os.chdir(directory)
+        except OSError as error:
+            raise SystemExit(f"rustdesk_server: cannot use --directory {directory}: "
+                             f"{error.strerror}") from None
+
+
+def become(name):
+    """Go on as another user, who gets our files; StartTrouble if that can't
+    be."""
+    import pwd  # only here: not on Windows
+
+    try:
+        user = pwd.getpwnam(name)
+    except KeyError:
+        raise StartTrouble(f"user = {name}: this system has no such user") from None
+    if os.geteuid() == user.pw_uid:
+        return
+    try:
+        for entry in os.scandir("."):
+            if entry.is_file(follow_symlinks=False) or entry.name.endswith(".door"):
+                os.chown(entry.name, user.pw_uid, user.pw_gid, follow_symlinks=False)
+        os.chown(".", user.pw_uid, user.pw_gid)
+        os.initgroups(name, user.pw_gid)
+        os.setgid(user.pw_gid)
+        os.setuid(user.pw_uid)
+    except OSError as error:
+        raise StartTrouble(f"user = {name}: {error.strerror}; only a server started as "
+                           "root can change its user") from None
 
 
 def open_log(config):
@@ -8555,9 +10375,8 @@ def introduce(server):
     log.flush()
 
 
-def catch_signals(server, load):
-    """Stop cleanly when asked to, and read the configuration again by
-    `load`."""
+def catch_signals(server):
+    """Stop cleanly when asked to, and read the configuration again."""
     def soon(action):
         server.loop.later(0.0, action)
         server.helper.wake()
@@ -8566,7 +10385,7 @@ def catch_signals(server, load):
         soon(lambda: server.stop(signal.Signals(number).name))
 
     def reload(number, frame):
-        soon(lambda: server.reload(load))
+        soon(server.reload)
 
     if hasattr(signal, "SIGHUP"):
         signal.signal(signal.SIGHUP, reload)
@@ -8629,6 +10448,7 @@ def parse_settings(command, description, arguments):
     parser.add_argument("--json", action="store_true", help="for programs")
     add_settings(parser)
     flags = vars(parser.parse_args(arguments))
+    enter_directory(flags)
     return flags.pop("role"), flags.pop("json"), flags
 
 
@@ -8639,6 +10459,7 @@ def check(arguments):
         "Nothing is opened or written.", arguments)
     try:
         config = load_config(role, flags, os.environ, ".")
+        Limits(config)
         facts, faults = describe(config, role, ".")
         warnings = config.warnings
     except ConfigTrouble as trouble:
@@ -8679,8 +10500,14 @@ def maintain(command, description, operands, options, action):
             parser.add_argument(name, metavar=name.upper(), help=text)
         for name, text in options:
             parser.add_argument(name, action="store_true", help=text)
+        parser.add_argument("--directory", metavar="DIR",
+                            help="the state directory (the working directory)")
+        given = parser.parse_args(arguments)
+        for name, _ in operands:
+            setattr(given, name, os.path.abspath(getattr(given, name)))
+        enter_directory({"directory": given.directory})
         try:
-            for sentence in action(parser.parse_args(arguments)):
+            for sentence in action(given):
                 print(sentence)
         except (MaintenanceTrouble, KeyTrouble, DirectoryInUse) as trouble:
             raise SystemExit(f"rustdesk_server: {trouble}") from None
@@ -8709,7 +10536,81 @@ def locked(action, *arguments):
         unlock(locks)
 
 
+def order(command):
+    """The function of a subcommand that speaks to the running server."""
+    def run(arguments):
+        operands, text = ORDERS[command]
+        parser = argparse.ArgumentParser(
+            prog=f"rustdesk_server.py {command}", allow_abbrev=False,
+            usage=f"%(prog)s [--directory DIR] [--json]{operands}",
+            description=f"Ask the running server: {text}.")
+        parser.add_argument("words", nargs="*", metavar=operands.strip(),
+                            help=argparse.SUPPRESS)
+        parser.add_argument("--directory", metavar="DIR",
+                            help="the server's state directory (the working directory)")
+        parser.add_argument("--json", action="store_true", help="for programs")
+        given = parser.parse_args(arguments)
+        enter_directory({"directory": given.directory})
+        replies = [reply for role in ("both", "hbbs", "hbbr")
+                   for reply in ask_door(role, [command, *given.words])]
+        if not replies:
+            raise SystemExit("rustdesk_server: no server runs in "
+                             f"{os.getcwd()}; --directory names another")
+        return show_replies(replies, given.json)
+
+    return run
+
+
+def ask_door(role, line):
+    """[the reply] of a running server to a line; [] if none runs in this
+    role."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.settimeout(ORDER_SECONDS)
+        try:
+            sock.connect(f"./{door_name(role)}")
+        except (FileNotFoundError, ConnectionRefusedError):
+            return []
+        except PermissionError:
+            return [{"fault": "only the server's user and root may ask it"}]
+        try:
+            sock.sendall(json.dumps(line).encode() + b"\n")
+            with sock.makefile("rb") as file:
+                return [json.loads(file.readline())]
+        except (OSError, ValueError):
+            return [{"fault": "the server does not answer"}]
+
+
+#: How long a running server may take to answer.
+ORDER_SECONDS = 30.0
+
+
+def show_replies(replies, as_json):
+    """Print what servers replied; the exit status."""
+    faults = [reply["fault"] for reply in replies if "fault" in reply]
+    if as_json:
+        print(json.dumps([reply for reply in replies if reply]))
+    else:
+        for reply in replies:
+            show_table(reply.get("columns", []), reply.get("rows", []))
+            if reply.get("said"):
+                print(reply["said"])
+    for fault in faults:
+        print(f"rustdesk_server: {fault}", file=sys.stderr)
+    return 1 if faults else 0
+
+
+def show_table(columns, rows):
+    """Print rows below their columns' names, each as wide as it must be."""
+    if rows:
+        rows = [list(map(str, row)) for row in [columns, *rows]]
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        for row in rows:
+            cells = [cell.ljust(width) for cell, width in zip(row, widths)]
+            print("  ".join(cells).rstrip())
+
+
 COMMANDS = {
+    **{command: order(command) for command in ORDERS},
     "hbbs": lambda arguments: run_role("hbbs", arguments),
     "hbbr": lambda arguments: run_role("hbbr", arguments),
     "check": check,
@@ -8730,8 +10631,11 @@ COMMANDS = {
         [("source", "its data directory, or its db_v2.sqlite3")], [], take_over),
     "export-official": maintain(
         "export-official", "Write key, peers and lists as the official server keeps "
-        "them.", [("directory", "where to")], [],
-        lambda given: export_official(".", given.directory)),
+        "them.", [("target", "the directory to write them to")], [],
+        lambda given: export_official(".", given.target)),
+    "rotate-key": maintain(
+        "rotate-key", "Put a new key in the place of a leaked one, which is kept "
+        "aside.", [], [], lambda given: rotate_key(".", os.urandom)),
     "genkeypair": generate_keypair,
     "validatekeypair": validate_keypair,
 }
