@@ -2875,11 +2875,7 @@ class ServerKey:
                 hmac.compare_digest(licence_key.encode(), key.encode())
                 for key in (self.required, *self.accepted)):
             return None
-        if not licence_key:
-            return Refusal.NO_KEY
-        if licence_key == PUBLIC_SERVICE_KEY:
-            return Refusal.PUBLIC_SERVICE_KEY
-        return Refusal.WRONG_KEY
+        return name_wrong_key(licence_key)
 
     def vouches(self, licence_key):
         """Whether peers are vouched for to a client: not to one that still has
@@ -2892,6 +2888,15 @@ class ServerKey:
         if self.secret is None or len(public_key) != PUBLIC_KEY_BYTES:
             return b""
         return sign(IdPk(id=peer_id, pk=public_key).encode(), self.secret)
+
+
+def name_wrong_key(licence_key):
+    """Which wrong key it is that a client presented."""
+    if not licence_key:
+        return Refusal.NO_KEY
+    if licence_key == PUBLIC_SERVICE_KEY:
+        return Refusal.PUBLIC_SERVICE_KEY
+    return Refusal.WRONG_KEY
 
 
 class ExchangeKey:
@@ -4518,7 +4523,7 @@ def sync_directory(path):
 # What became of each attempt, in words and numbers: what the roles tell the
 # operator.  Everything here is bounded.
 #
-# Uses: Constants, Refusals, Limits.
+# Uses: Constants, Refusals, Keys, Limits.
 
 
 class PunchRecord(collections.namedtuple(
@@ -4650,7 +4655,7 @@ class TicketReceiver:
         """The judge of presented keys by the codes of those that are good."""
         def fault_of(licence_key):
             code = keyed_code(self.secret, licence_key)
-            return None if code in codes else Refusal.WRONG_KEY
+            return None if code in codes else name_wrong_key(licence_key)
 
         return fault_of
 
@@ -5971,6 +5976,11 @@ class Session:
             self.active = now
 
 
+def towards(request):
+    """Whom a relay link is for, if it says so: an initiator's does."""
+    return f" to {request.id[:MAX_ID_BYTES]!a}" if request.id else ""
+
+
 class Relay:
     """The state of the relay, and what it does with each link."""
 
@@ -6003,13 +6013,13 @@ class Relay:
         if fault is not None and self.policy == "require":
             refusal = fault
         elif fault is not None and self.policy == "warn":
-            yield Tolerate(fault, f"relay link from {link.address}")
+            yield Tolerate(fault, f"relay link from {link.address}{towards(request)}")
         if request.id and self.limits.rules.refuses_id(request.id):
             refusal = Refusal.REFUSED_ID
+        link.errand = request
         if refusal is not None:
             yield from self.turn_away(link, refusal)
             return
-        link.errand = request
         ticket = self.tickets.get(request.uuid)
         if ticket is None and self.asks_tickets:
             yield from self.wait_for_ticket(link, now)
@@ -6024,8 +6034,9 @@ class Relay:
 
     def turn_away(self, link, refusal, detail=""):
         """Refuse a link and end it."""
-        link.errand = None
-        yield Refuse(refusal, f"relay link from {link.address}{detail}")
+        request, link.errand = link.errand, None
+        where = f"{link.address}{towards(request)}"
+        yield Refuse(refusal, f"relay link from {where}{detail}")
         yield Close(link)
 
     # -- tickets ---------------------------------------------------------------
