@@ -10065,14 +10065,36 @@ def bring_back(path, place, target):
         file.writelines(pieces(source, size, path))
         file.flush()
         os.fsync(file.fileno())
+    if has_same_content(target, temporary):  # else ours would lose its second name
+        os.unlink(temporary)
+        return
     if os.path.exists(target):
         keep_previous(target)
     os.replace(temporary, target)
 
 
+def has_same_content(one, two):
+    """Whether two files are the same byte for byte; a missing one is not."""
+    try:
+        with open(one, "rb") as first, open(two, "rb") as second:
+            return os.path.getsize(one) == os.path.getsize(two) and all(
+                data == second.read(COPY_BYTES)
+                for data in iter(lambda: first.read(COPY_BYTES), b""))
+    except FileNotFoundError:
+        return False
+
+
 def keep_previous(path):
-    """A second name for a file that is about to be replaced."""
-    previous = path + ".previous"
+    """A second name for a file that is about to be replaced.
+
+    A name that a former key has is not taken from it.
+    """
+    previous, number = path + ".previous", 1
+    while os.path.basename(path) == KEY_FILE and os.path.exists(previous):
+        if has_same_content(path, previous):
+            return
+        number += 1
+        previous = f"{path}.previous{number}"
     if os.path.exists(previous):
         os.unlink(previous)
     try:

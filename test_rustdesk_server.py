@@ -8249,6 +8249,226 @@ def test_server_stops_cleanly_in_the_middle_of_everything():
             end.close()
 
 
+# -- pulling the plug --
+
+#: Runs the program's `main` in processes forked for it, so that a start costs
+#: milliseconds; says the id of each, and how it ended.
+FORKER = """
+import json, os, sys, time
+sys.path.insert(0, sys.argv[1])
+import rustdesk_server
+for line in iter(sys.stdin.readline, ""):
+    directory, arguments, seconds = json.loads(line)
+    child = os.fork()
+    if not child:
+        os.chdir(directory)
+        output = os.open("output", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        os.dup2(output, 1), os.dup2(output, 2)
+        sys.exit(rustdesk_server.main(arguments))
+    print(child, flush=True)
+    if seconds is not None:
+        time.sleep(seconds)
+        os.kill(child, 9)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+#: SIGKILLs at random moments: in a plain run, and with --all (1,000 together).
+KILLS = {"registrations": (8, 300), "compaction": (4, 150), "backup": (4, 150),
+         "restore": (5, 150), "import": (4, 100), "take-over": (3, 100),
+         "first start": (2, 50)}
+
+
+class Forker:
+    """A process that runs the program again and again, one run at a time."""
+
+    def __init__(self, directory):
+        self.directory = directory
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", FORKER, REPOSITORY], text=True,
+            env=clean_environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.ports = {}
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.process.stdin.close()
+        self.process.wait(DEADLINE_SECONDS)
+        self.process.stdout.close()
+
+    def begin(self, *arguments, seconds=None):
+        """Start a run, which is killed after so many seconds; returns its pid."""
+        request = json.dumps([str(self.directory), arguments, seconds])
+        self.process.stdin.write(request + "\n")
+        self.process.stdin.flush()
+        return int(self.process.stdout.readline())
+
+    def end(self):
+        """Wait for the end of a run; returns its status and what it said."""
+        status = int(self.process.stdout.readline())
+        said = (self.directory / "output").read_text()
+        assert "Traceback" not in said, said
+        return status, said
+
+    def run(self, *arguments, seconds=None):
+        self.begin(*arguments, seconds=seconds)
+        return self.end()
+
+    def duration(self, *arguments):
+        """How long a run takes that nobody kills."""
+        began = time.monotonic()
+        status, said = self.run(*arguments)
+        assert status == 0, said
+        return time.monotonic() - began
+
+    @contextlib.contextmanager
+    def serving(self):
+        """An ID server, until it is killed in here; gives its pid."""
+        (self.directory / "output").write_text("")
+        pid = self.begin("hbbs", "-p", "0", "-b", "127.0.0.1")
+        try:
+            wait_until(self.find_ports, START_SECONDS)
+            yield pid
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            status, said = self.end()
+            assert status == -signal.SIGKILL, said
+
+    def find_ports(self):
+        """Whether the server is ready; then it has said where it listens."""
+        said = (self.directory / "output").read_text()
+        found = re.findall(r"listening on \S+ \S+:(\d+) \(([\w-]+)\)", said)
+        self.ports = {name: int(port) for port, name in found}
+        return re.search(r"\bready\b", said)
+
+    def address(self, name, host="127.0.0.1"):
+        return host, self.ports[name]
+
+
+def kill_often(kind, tmp_path, play):
+    """Have `play(forker, rng, rounds)` kill as often as is due, on every core."""
+    rounds, workers = KILLS[kind][RUN_ALL], os.cpu_count() or 1
+    shares = [len(range(i, rounds, workers)) for i in range(min(workers, rounds))]
+
+    def work(number, share):
+        home = tmp_path / str(number)
+        home.mkdir()
+        with Forker(home) as forker:
+            play(forker, random.Random(f"{kind} {number} {time.time_ns()}"), share)
+
+    in_parallel(*[functools.partial(work, *item) for item in enumerate(shares)])
+
+
+class Ledger:
+    """What clients asked for and were told; a store has to know it."""
+
+    #: What one server lets be registered in a moment.
+    CROWD = 24
+
+    def __init__(self, path):
+        self.path = path
+        self.owned = {}  # peer_id -> (device_uuid, ip, the keys that it may have)
+
+    def own(self, peer_id, device_uuid, ip, key):
+        self.owned[peer_id] = device_uuid, ip, {key}
+
+    def crowd(self, server, rng):
+        """Clients that register now: new ones, and known ones with another key."""
+        known = rng.sample(sorted(self.owned), min(len(self.owned), self.CROWD // 2))
+        peers = [Peer(server, peer_id, ip, device_uuid=device_uuid)
+                 for peer_id in known for device_uuid, ip, _ in [self.owned[peer_id]]]
+        return peers + [Peer(server) for _ in range(self.CROWD - len(peers))]
+
+    def note(self, peer):
+        """Take down what a client was told; whether it was told anything."""
+        key, known = bytes(peer.key.verify_key), self.owned.get(peer.peer_id)
+        try:
+            assert peer.receive("register_pk_response", 0).result == OK
+            self.own(peer.peer_id, peer.device_uuid, peer.ip, key)
+            return True
+        except TimeoutError:
+            if known:
+                known[2].add(key)
+            return False
+        finally:
+            peer.socket.close()
+
+    def fill(self, count):
+        """Register so many clients without a server."""
+        store = opened(self.path)
+        for number in range(count):
+            entry = peer(str(10**9 + number), number, next_ip())
+            store.append([(entry, None)])
+            self.own(entry.peer_id, entry.device_uuid, entry.ip, entry.public_key)
+        store.close()
+
+    def check(self):
+        """The store loads, and knows everything that was acknowledged."""
+        store = rustdesk_server.PeerStore(str(self.path))
+        store.load()
+        assert not store.bad_lines
+        for peer_id, (device_uuid, _, keys) in self.owned.items():
+            entry = store.peers[peer_id]
+            assert entry.device_uuid == device_uuid and entry.public_key in keys
+            keys.intersection_update({entry.public_key})
+
+
+def register_until_killed(forker, ledger, rng, wait=0.0):
+    """A crowd registers `wait` seconds after the start, and a kill meets it.
+
+    Returns how many were acknowledged.
+    """
+    with forker.serving() as pid:
+        peers = ledger.crowd(forker, rng)
+        time.sleep(wait)
+        killer = threading.Timer(rng.uniform(0.0, 0.02), os.kill, (pid, signal.SIGKILL))
+        killer.start()
+        for peer in peers:
+            peer.tell("register_pk", id=peer.peer_id, uuid=peer.device_uuid,
+                      pk=bytes(peer.key.verify_key))
+        killer.join()
+    return sum(map(ledger.note, peers))
+
+
+def test_no_kill_loses_an_acknowledged_registration_or_key(tmp_path):
+    told = []
+
+    def play(forker, rng, rounds):
+        ledger = Ledger(forker.directory / "peers.jsonl")
+        for _ in range(rounds):
+            told.append(register_until_killed(forker, ledger, rng))
+            ledger.check()
+
+    kill_often("registrations", tmp_path, play)
+    assert any(told) and not (RUN_ALL and {*told} <= {0, Ledger.CROWD})
+
+
+def test_no_kill_during_compaction_loses_a_registration_or_a_bad_line(tmp_path):
+    """A bad line has the file written anew one second after the start."""
+    kept = []
+
+    def play(forker, rng, rounds):
+        path, aside = (forker.directory / name for name in ("peers.jsonl",
+                                                            "peers.jsonl.bad"))
+        aside.touch()
+        ledger = Ledger(path)
+        register_until_killed(forker, ledger, rng)
+        ledger.fill(3000)
+        for number in range(rounds):
+            bad = b'{"id": bad line %d}\n' % number
+            path.write_bytes(bad + path.read_bytes())
+            register_until_killed(forker, ledger, rng, rng.uniform(0.9, 1.05))
+            left = path.read_bytes()
+            assert bad in left + aside.read_bytes()
+            path.write_bytes(left.replace(bad, b""))
+            ledger.check()
+            kept.append(bad in left)
+
+    kill_often("compaction", tmp_path, play)
+    assert not RUN_ALL or {True, False} == set(kept)
+
+
 # -- what the operator reads --
 
 
@@ -11612,6 +11832,158 @@ def test_backup_without_the_key_leaves_ours_alone(tmp_path):
     written(tmp_path, "id_ed25519", SECRET_TEXT).chmod(0o600)
     maintain(tmp_path, "backup", "saved", "--no-key")
     assert SECRET_TEXT not in (tmp_path / "saved").read_text()
+
+
+# -- pulling the plug --
+
+
+def random_secret():
+    return rustdesk_server.encode_base64(rustdesk_server.generate_secret(os.urandom))
+
+
+def furnished(directory, count, secret=None):
+    """A state directory with a key and so many peers; returns all its files."""
+    directory.mkdir(exist_ok=True)
+    secret = secret or random_secret()
+    public = rustdesk_server.encode_base64(base64.b64decode(secret)[32:])
+    written(directory, "id_ed25519", secret).chmod(0o600)
+    written(directory, "id_ed25519.pub", public)
+    store = opened(directory / "peers.jsonl")
+    store.append([(peer(f"{secret[:4]}{i}", i), None) for i in range(count)])
+    store.close()
+    return state_of(directory)
+
+
+def state_of(directory):
+    """Name and content of the files that make up a server."""
+    return {name: (directory / name).read_bytes()
+            for name in rustdesk_server.BACKUP_FILES if (directory / name).exists()}
+
+
+def test_no_kill_during_a_backup_leaves_half_a_backup(tmp_path):
+    def play(forker, rng, rounds):
+        state, saved = furnished(forker.directory, 20_000), forker.directory / "saved"
+        longest = forker.duration("backup", "saved")
+        for _ in range(rounds):
+            if rng.random() < 0.5:
+                saved.unlink(missing_ok=True)
+            forker.run("backup", "saved", seconds=rng.uniform(0, longest))
+            assert state_of(forker.directory) == state
+            assert not saved.exists() or (
+                set(rustdesk_server.read_backup(str(saved))) == set(state))
+
+    kill_often("backup", tmp_path, play)
+
+
+def test_no_kill_during_a_restore_loses_a_key_or_a_store(tmp_path):
+    """Done again it is done; each file is the old or the new one at any time."""
+    def play(forker, rng, rounds):
+        home = forker.directory
+        theirs = furnished(home, 20_000)
+        longest = 2 * forker.duration("backup", "saved")
+        for _ in range(rounds):
+            ours = furnished(home, 10)
+            forker.run("restore", "saved", "--replace-key",
+                       seconds=rng.uniform(0, longest))
+            for name, data in state_of(home).items():
+                assert data in (ours[name], theirs[name])
+            assert forker.run("restore", "saved", "--replace-key")[0] == 0
+            assert state_of(home) == theirs
+            kept = [file.read_bytes() for file in home.glob("id_ed25519*")]
+            assert ours["id_ed25519"] in kept
+            clear(home, keeping="saved")
+
+    kill_often("restore", tmp_path, play)
+
+
+def clear(directory, keeping):
+    """Remove all files of a directory but one."""
+    for file in directory.iterdir():
+        if file.name != keeping:
+            file.unlink()
+
+
+def many_official_rows(count):
+    return [(f"{10**8 + i}", b"uuid%d" % i, bytes([i % 256]) * 32,
+             "2026-01-01 00:00:00", '{"ip":"::ffff:198.51.100.7"}')
+            for i in range(count)]
+
+
+def test_import_that_was_killed_can_be_done_again(tmp_path):
+    source = official_home(tmp_path / "official", many_official_rows(3000))
+
+    def play(forker, rng, rounds):
+        path = forker.directory / "peers.jsonl"
+        longest = forker.duration("import", str(source))
+        for _ in range(rounds):
+            clear(forker.directory, keeping="output")
+            opened(path).append([(peer("earlier", 1), None)])
+            forker.run("import", str(source), seconds=rng.uniform(0, longest))
+            store = rustdesk_server.PeerStore(str(path))
+            store.load()
+            assert "earlier" in store.peers and not store.bad_lines
+            known = len(store.peers) - 1
+            status, said = forker.run("import", str(source))
+            assert (status, len(reloaded(path))) == (0, 3001)
+            assert (f"{3000 - known} imported" in said) == (known < 3000)
+            assert (f"{known} known already" in said) == bool(known)
+
+    kill_often("import", tmp_path, play)
+
+
+def test_start_in_an_official_directory_that_was_killed_takes_all_over_next_time(
+        tmp_path):
+    rows = many_official_rows(3000)
+
+    def play(forker, rng, rounds):
+        official_home(forker.directory / "official", rows)
+        for name in os.listdir(forker.directory / "official"):
+            (forker.directory / "official" / name).rename(forker.directory / name)
+        path, began = forker.directory / "peers.jsonl", time.monotonic()
+        with forker.serving():
+            longest = time.monotonic() - began
+        for _ in range(rounds):
+            path.unlink()
+            forker.run("hbbs", "-p", "0", "-b", "127.0.0.1",
+                       seconds=rng.uniform(0, longest))
+            with forker.serving():
+                assert len(reloaded(path)) == len(rows)
+
+    kill_often("take-over", tmp_path, play)
+
+
+def test_no_kill_of_a_first_start_spoils_its_key(tmp_path):
+    def play(forker, rng, rounds):
+        key, command = forker.directory / "id_ed25519", ("-p", "0", "-b", "127.0.0.1")
+        for _ in range(rounds):
+            clear(forker.directory, keeping="output")
+            forker.run(*command, seconds=rng.uniform(0, 0.05))
+            made = key.read_bytes() if key.exists() else None
+            with forker.serving():
+                public = (forker.directory / "id_ed25519.pub").read_text()
+            assert made in (None, key.read_bytes())
+            assert rustdesk_server.encode_base64(
+                base64.b64decode(key.read_bytes())[32:]) == public
+
+    kill_often("first start", tmp_path, play)
+
+
+def test_restore_done_twice_keeps_every_key_and_the_store_there_was(tmp_path):
+    theirs = furnished(tmp_path, 3)
+    maintain(tmp_path, "backup", "saved")
+    ours = furnished(tmp_path, 5)
+    for _ in range(2):
+        assert maintain(tmp_path, "restore", "--replace-key", "saved")[0] == 0
+    assert state_of(tmp_path) == theirs
+    for name in ours:
+        assert (tmp_path / (name + ".previous")).read_bytes() == ours[name]
+    third = furnished(tmp_path, 0)
+    assert maintain(tmp_path, "restore", "--replace-key", "saved")[0] == 0
+    kept = {file.read_bytes() for file in tmp_path.glob("id_ed25519.previous*")}
+    assert kept == {ours["id_ed25519"], third["id_ed25519"]}
+
+
+# -- two servers, two directories --
 
 
 def test_running_server_keeps_others_out_of_its_directory():
