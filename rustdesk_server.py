@@ -9751,9 +9751,9 @@ class MaintenanceTrouble(Exception):
     """Something that was not done; the text says why and what to do."""
 
 
-def open_store(directory):
-    """The loaded store of a directory, open for writing."""
-    store = PeerStore(os.path.join(directory, STORE_FILE))
+def open_store(path):
+    """The loaded store of a file, open for writing."""
+    store = PeerStore(path)
     try:
         store.load()
         store.open()
@@ -9860,13 +9860,14 @@ def import_directory(source, directory):
                                     os.path.join(directory, name)))
     database = os.path.join(source, OFFICIAL_STORE_FILE)
     if os.path.exists(database):
-        said.append(import_peers(database, directory))
+        said.append(import_peers(database, os.path.join(directory, STORE_FILE)))
     return [sentence for sentence in said if sentence]
 
 
-def import_peers(database, directory):
-    """Take over the peers of an official database; a sentence about it."""
-    store = open_store(directory)
+def import_peers(database, path):
+    """Take the peers of an official database over into a store's file; a
+    sentence about it."""
+    store = open_store(path)
     try:
         return f"{database}: {import_database(database, store)}"
     except OSError as error:
@@ -10459,15 +10460,26 @@ def validate_keypair(arguments):
 
 
 def adopt_official(config, log):
-    """A start in the official server's data directory takes its peers over."""
+    """A start in the official server's data directory takes its peers over.
+
+    All of them or none: a store in which nobody is registered yet is replaced
+    in one step, so a start that failed or was killed leaves it to the next.
+    """
     has_key = os.path.exists(KEY_FILE) or config.key not in (None, "", "-", "_")
-    is_new = os.path.exists(OFFICIAL_STORE_FILE) and not os.path.exists(STORE_FILE)
-    if has_key and is_new:
-        try:
-            log.info(f"imported {import_peers(OFFICIAL_STORE_FILE, '.')}")
-        except MaintenanceTrouble as trouble:
-            log.warn(f"{OFFICIAL_STORE_FILE} is not imported: {trouble}")
-            os.unlink(STORE_FILE)  # so that the next start tries again
+    is_new = not os.path.exists(STORE_FILE) or not os.path.getsize(STORE_FILE)
+    if not (has_key and is_new and os.path.exists(OFFICIAL_STORE_FILE)):
+        return
+    temporary = STORE_FILE + ".new"
+    try:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+        said = import_peers(OFFICIAL_STORE_FILE, temporary)
+        os.replace(temporary, STORE_FILE)
+        log.info(f"imported {said}")
+    except (MaintenanceTrouble, OSError) as trouble:
+        log.warn(f"{OFFICIAL_STORE_FILE} is not imported: {trouble}.  The next start "
+                 "tries again if no peer has registered by then; afterwards stop the "
+                 f"server and run: rustdesk_server.py import {OFFICIAL_STORE_FILE}")
 
 
 def parse_settings(command, description, arguments):
@@ -10557,7 +10569,7 @@ def take_over(arguments):
         return locked(import_directory, arguments.source, ".")
     if not os.path.exists(arguments.source):
         raise MaintenanceTrouble(f"there is no {arguments.source}")
-    return [locked(import_peers, arguments.source, ".")]
+    return [locked(import_peers, arguments.source, STORE_FILE)]
 
 
 def locked(action, *arguments):

@@ -8298,6 +8298,7 @@ class Forker:
 
     def begin(self, *arguments, seconds=None):
         """Start a run, which is killed after so many seconds; returns its pid."""
+        (self.directory / "output").write_text("")
         request = json.dumps([str(self.directory), arguments, seconds])
         self.process.stdin.write(request + "\n")
         self.process.stdin.flush()
@@ -8324,7 +8325,6 @@ class Forker:
     @contextlib.contextmanager
     def serving(self):
         """An ID server, until it is killed in here; gives its pid."""
-        (self.directory / "output").write_text("")
         pid = self.begin("hbbs", "-p", "0", "-b", "127.0.0.1")
         try:
             wait_until(self.find_ports, START_SECONDS)
@@ -11772,6 +11772,42 @@ def test_database_that_is_none_is_refused_and_tried_again(tmp_path):
         assert "is not imported" in server.log()
         server.terminate()
         server.start()
+
+
+def test_start_without_sqlite3_says_so_goes_on_and_leaves_it_to_the_next(tmp_path):
+    """Neither site-packages nor sqlite3: a Python as small systems have it."""
+    source = official_home(tmp_path / "official", OFFICIAL_ROWS)
+    with ServerProcess(directory=str(source), flags=("-I", "-S"),
+                       blocked=("sqlite3", "_sqlite3", "nacl")) as server:
+        assert "sqlite3 module is not installed" in server.log()
+        assert "python3-sqlite3" in server.log() and "0 peers known" in server.log()
+        server.how = {}
+        server.restart()
+        assert "2 imported" in server.log() and "2 peers known" in server.log()
+
+
+def test_import_without_sqlite3_changes_nothing(tmp_path):
+    source = official_home(tmp_path / "official", OFFICIAL_ROWS)
+    ended = run_server("import", str(source / "db_v2.sqlite3"), directory=str(tmp_path),
+                       flags=("-I", "-S"), blocked=("sqlite3", "_sqlite3"))
+    assert ended.returncode == 1 and "sqlite3 module is not installed" in ended.stdout
+
+
+def test_peers_that_registered_before_the_database_could_be_read_stay(tmp_path):
+    """Then the import is a command, and the log has said which."""
+    source = official_home(tmp_path / "official", OFFICIAL_ROWS)
+    with ServerProcess(role="hbbs", directory=str(source),
+                       blocked=("sqlite3", "_sqlite3")) as server:
+        with Peer(server).registered() as early:
+            command = re.search(r"run: rustdesk_server.py (.*)", server.log()).group(1)
+            server.how = {}
+            server.restart()
+            assert "1 peers known" in server.log()[server.started_at:]
+            assert server.terminate() == 0
+            status, said = maintain(source, *command.split())
+            assert status == 0 and "2 imported" in said
+            assert set(reloaded(source / "peers.jsonl")) == {
+                early.peer_id, "111111111", "gerät-2"}
 
 
 def test_another_key_is_not_imported(tmp_path):
