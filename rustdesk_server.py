@@ -10024,17 +10024,25 @@ def restore(directory, path, replace_key):
     """Bring the files of a backup back; what was there is kept as
     NAME.previous.
 
-    Returns the names. Refuses to put another key in the place of ours.
+    Returns the names. Refuses to put another key in the place of ours.  All
+    are written before one is put in its place, since the disk may be full.
     """
     files = read_backup(path)
     check_restored_key(directory, path, files, replace_key)
-    done = []
-    for name in BACKUP_FILES:
-        if name in files:
-            bring_back(path, files[name], os.path.join(directory, name))
-            done.append(name)
+    names, written = [name for name in BACKUP_FILES if name in files], []
+    try:
+        for name in names:
+            target = os.path.join(directory, name)
+            written.append((f"{target}.{os.urandom(4).hex()}.new", target))
+            unpack(path, files[name], *written[-1])
+        for temporary, target in written:
+            bring_back(temporary, target)
+    finally:
+        for temporary, _ in written:
+            if os.path.exists(temporary):
+                os.unlink(temporary)
     sync_directory(os.path.join(directory, KEY_FILE))
-    return done
+    return names
 
 
 def check_restored_key(directory, path, files, replace_key):
@@ -10054,10 +10062,8 @@ def check_restored_key(directory, path, files, replace_key):
             f"{KEY_FILE}.previous; clients then need the restored key")
 
 
-def bring_back(path, place, target):
-    """Write one file of a backup beside its place, then put it there in one
-    step."""
-    temporary = f"{target}.{os.urandom(4).hex()}.new"
+def unpack(path, place, temporary, target):
+    """Write one file of a backup beside its place."""
     mode = 0o644 if target.endswith((".pub", ".txt")) else 0o600
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     offset, size = place
@@ -10066,8 +10072,12 @@ def bring_back(path, place, target):
         file.writelines(pieces(source, size, path))
         file.flush()
         os.fsync(file.fileno())
+
+
+def bring_back(temporary, target):
+    """Put a file in its place in one step; what was there keeps a second
+    name."""
     if has_same_content(target, temporary):  # else ours would lose its second name
-        os.unlink(temporary)
         return
     if os.path.exists(target):
         keep_previous(target)

@@ -11884,10 +11884,16 @@ def furnished(directory, count, secret=None):
     public = rustdesk_server.encode_base64(base64.b64decode(secret)[32:])
     written(directory, "id_ed25519", secret).chmod(0o600)
     written(directory, "id_ed25519.pub", public)
-    store = opened(directory / "peers.jsonl")
-    store.append([(peer(f"{secret[:4]}{i}", i), None) for i in range(count)])
-    store.close()
+    store_peers(directory / "peers.jsonl",
+                [peer(f"{secret[:4]}{i}", i) for i in range(count)])
     return state_of(directory)
+
+
+def store_peers(path, peers):
+    """Append peers to a store's file."""
+    store = opened(path)
+    store.append([(entry, None) for entry in peers])
+    store.close()
 
 
 def state_of(directory):
@@ -11953,7 +11959,7 @@ def test_import_that_was_killed_can_be_done_again(tmp_path):
         longest = forker.duration("import", str(source))
         for _ in range(rounds):
             clear(forker.directory, keeping="output")
-            opened(path).append([(peer("earlier", 1), None)])
+            store_peers(path, [peer("earlier", 1)])
             forker.run("import", str(source), seconds=rng.uniform(0, longest))
             store = rustdesk_server.PeerStore(str(path))
             store.load()
@@ -12017,6 +12023,188 @@ def test_restore_done_twice_keeps_every_key_and_the_store_there_was(tmp_path):
     assert maintain(tmp_path, "restore", "--replace-key", "saved")[0] == 0
     kept = {file.read_bytes() for file in tmp_path.glob("id_ed25519.previous*")}
     assert kept == {ours["id_ed25519"], third["id_ed25519"]}
+
+
+# -- full disks and read-only directories --
+
+needs_mount = pytest.mark.skipif(
+    not sys.platform.startswith("linux") or os.geteuid() != 0
+    or subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode != 0,
+    reason="needs root that may mount")
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A file system of 256 KiB, for one directory."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k,mode=700", "rustdesk-test",
+                    str(place)], check=True)
+    yield place
+    subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+def fill_up(disk):
+    """Leave no page of a small file system free; returns the file that has them."""
+    filler = disk / "filler"
+    with contextlib.suppress(OSError), open(filler, "wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    return filler
+
+
+def remount(disk, how):
+    subprocess.run(["mount", "-o", f"remount,{how}", str(disk)], check=True)
+
+
+def server_on(disk, tmp_path, **how):
+    """A server whose state is on that disk, but whose log is not."""
+    server = ServerProcess(role="hbbs", directory=str(disk), **how)
+    server.log_path = str(tmp_path / "server.log")
+    return server
+
+
+def register_until_refused(server):
+    """New clients until the disk takes no more; returns those it took."""
+    peers = []
+    while True:
+        peer = Peer(server)
+        if peer.register() == SERVER_ERROR:
+            peer.socket.close()
+            return peers
+        peers.append(peer)
+        assert len(peers) < 40, "a page takes no more records than that"
+
+
+def assert_owned(server, peers):
+    for peer in peers:
+        assert register_as_thief(server, peer) == UUID_MISMATCH
+
+
+@needs_mount
+def test_file_system_that_is_full_keeps_all_it_has_taken(disk, tmp_path):
+    """Over a kill, a start without room, and the return of the room."""
+    with server_on(disk, tmp_path) as server:
+        peers = [Peer(server).registered()]
+        filler = fill_up(disk)
+        peers += register_until_refused(server)
+        assert not peers[0].renew() and is_reached_at(server, peers[0])
+        server.kill()
+        server.start()
+        assert_owned(server, peers)
+        with Peer(server) as new:
+            assert new.register() == SERVER_ERROR
+            server.wait_for_log(r"cannot write \S*peers\.jsonl: No space left")
+            filler.unlink()
+            assert new.register() == OK
+        server.kill()
+        server.start()
+        assert_owned(server, [*peers, new])
+        for peer in peers:
+            peer.socket.close()
+
+
+@needs_mount
+def test_first_start_without_room_makes_no_half_key(disk):
+    filler = fill_up(disk)
+    status, said = maintain(disk, "hbbs", "-p", "0", "-b", "127.0.0.1")
+    assert status == 1 and "id_ed25519: No space left on device" in said
+    assert {*os.listdir(disk)} <= {"filler", ".hbbs.lock"}
+    filler.unlink()
+
+
+@needs_mount
+def test_backup_without_room_leaves_the_former_one(disk):
+    state = furnished(disk, 100)
+    maintain(disk, "backup", "saved")
+    saved, filler = (disk / "saved").read_bytes(), fill_up(disk)
+    status, said = maintain(disk, "backup", "saved")
+    assert status == 1 and "No space left" in said
+    assert (state_of(disk), (disk / "saved").read_bytes()) == (state, saved)
+    assert not list(disk.glob("*.new"))
+    filler.unlink()
+
+
+@needs_mount
+@pytest.mark.parametrize("room", [0, 1, 2, 4])
+def test_restore_without_room_restores_nothing(disk, tmp_path, room):
+    """Wherever the disk is full: a key without its peers would be half a server."""
+    furnished(tmp_path / "theirs", 300)
+    maintain(tmp_path / "theirs", "backup", str(tmp_path / "saved"))
+    state, filler = furnished(disk, 3), fill_up(disk)
+    os.truncate(filler, filler.stat().st_size - 4096 * room)
+    restore = "restore", "--replace-key", str(tmp_path / "saved")
+    status, said = maintain(disk, *restore)
+    assert status == 1 and "No space left" in said
+    assert state_of(disk) == state and not list(disk.glob("*.new"))
+    filler.unlink()
+    assert maintain(disk, *restore)[0] == 0
+    assert state_of(disk) == state_of(tmp_path / "theirs")
+
+
+@needs_mount
+def test_import_without_room_is_finished_when_there_is_some(disk, tmp_path):
+    source = official_home(tmp_path / "official", many_official_rows(500))
+    store_peers(disk / "peers.jsonl", [peer("earlier", 1)])
+    filler = fill_up(disk)
+    status, said = maintain(disk, "import", str(source / "db_v2.sqlite3"))
+    assert status == 1 and "No space left" in said
+    assert set(reloaded(disk / "peers.jsonl")) == {"earlier"}
+    filler.unlink()
+    assert "500 imported" in maintain(disk, "import", str(source / "db_v2.sqlite3"))[1]
+    assert len(reloaded(disk / "peers.jsonl")) == 501
+
+
+@needs_mount
+def test_read_only_directory_serves_the_known_and_takes_the_new_when_it_can(
+        disk, tmp_path):
+    with server_on(disk, tmp_path) as server, Peer(server).registered() as known:
+        assert server.terminate() == 0
+        key = server.read("id_ed25519")
+        remount(disk, "ro")
+        server.start()
+        server.wait_for_log(r"cannot write \S*peers\.jsonl: Read-only file system")
+        with known.moved() as back, Peer(server) as new:
+            assert not back.registered().renew() and is_reached_at(server, back)
+            assert new.register() == SERVER_ERROR
+            assert ask_health(server).endswith(
+                b"\r\n\r\ndegraded: the store cannot be written\n")
+            remount(disk, "rw")
+            server.wait_for_log(r"peers\.jsonl can be written again")
+            assert new.register() == OK
+            server.kill()
+            server.start()
+            assert_owned(server, [known, new])
+        assert server.read("id_ed25519") == key
+
+
+def ask_health(server):
+    """What a health check of the ID server is told."""
+    with connect(server.address("rendezvous"), ("127.0.0.1", 0)) as link:
+        link.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+        return b"".join(iter(functools.partial(link.recv, 4096), b""))
+
+
+@needs_mount
+def test_read_only_directory_without_a_key_is_named_as_the_trouble(disk):
+    remount(disk, "ro")
+    status, said = maintain(disk, "hbbs", "-p", "0", "-b", "127.0.0.1")
+    assert status == 1 and "id_ed25519: Read-only file system" in said
+    assert "where this user may write" in said
+
+
+@needs_mount
+def test_read_only_official_directory_is_served_without_its_peers(disk, tmp_path):
+    source = official_home(tmp_path / "official", OFFICIAL_ROWS)
+    for file in source.iterdir():
+        shutil.copy2(file, disk)
+    remount(disk, "ro")
+    with server_on(disk, tmp_path) as server:
+        assert "db_v2.sqlite3 is not imported" in server.log()
+        assert server.terminate() == 0
+        remount(disk, "rw")
+        server.start()
+        assert "2 peers known" in server.log()[server.started_at:]
 
 
 # -- two servers, two directories --
