@@ -9950,6 +9950,7 @@ def back_up(directory, path, with_key):
     left_out = () if with_key else (KEY_FILE, PUBLIC_KEY_FILE)
     names = [name for name in BACKUP_FILES if name not in left_out
              and os.path.exists(os.path.join(directory, name))]
+    check_backup_place(directory, path, names)
     digest, temporary = hashlib.sha256(), f"{path}.{os.urandom(4).hex()}.new"
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
@@ -9968,6 +9969,19 @@ def back_up(directory, path, with_key):
     return names
 
 
+def check_backup_place(directory, path, names):
+    """MaintenanceTrouble rather than a backup of nothing, or one over a file
+    that is none."""
+    if not names:
+        raise MaintenanceTrouble(f"nothing of a server is in {os.path.abspath(directory)}"
+                                 ": run this in its directory")
+    if os.path.exists(path):
+        with open(path, "rb") as file:
+            if file.readline(100).strip() not in (b"", BACKUP_TITLE.encode()):
+                raise MaintenanceTrouble(f"{path} exists, is no backup and was left "
+                                         "alone: name another file")
+
+
 def writer_into(file, digest):
     """A function that writes bytes to a file and to a digest."""
     def put(data):
@@ -9983,7 +9997,8 @@ def pieces(file, size, path):
     while size:
         data = file.read(min(size, COPY_BYTES))
         if not data:
-            raise MaintenanceTrouble(f"{path} became shorter meanwhile: try again")
+            raise MaintenanceTrouble(f"{path} is cut short, damaged, or was written "
+                                     "meanwhile: try again")
         size -= len(data)
         yield data
 
@@ -10013,7 +10028,9 @@ def read_backup(path):
             if len(words) == 3 and words[0] == b"file" and words[2].isdigit():
                 size = int(words[2])
                 files[words[1].decode("ascii", "replace")] = file.tell(), size
-                digest.update(file.read(size) + file.readline(1))
+                for data in pieces(file, size, path):
+                    digest.update(data)
+                digest.update(file.readline(1))
             line = file.readline(1000)
     if line.split()[1:] != [digest.hexdigest().encode()]:
         raise MaintenanceTrouble(f"{path} is damaged: its check sum is wrong")

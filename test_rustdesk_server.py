@@ -11865,9 +11865,13 @@ def test_restore_puts_no_other_key_in_the_place_of_ours(tmp_path):
 
 
 def test_backup_without_the_key_leaves_ours_alone(tmp_path):
-    written(tmp_path, "id_ed25519", SECRET_TEXT).chmod(0o600)
-    maintain(tmp_path, "backup", "saved", "--no-key")
-    assert SECRET_TEXT not in (tmp_path / "saved").read_text()
+    theirs = furnished(tmp_path / "theirs", 2, SECRET_TEXT)
+    maintain(tmp_path / "theirs", "backup", str(tmp_path / "saved"), "--no-key")
+    saved = (tmp_path / "saved").read_bytes()
+    assert SECRET_TEXT.encode() not in saved and PUBLIC_TEXT.encode() not in saved
+    ours = furnished(tmp_path / "ours", 1)
+    assert maintain(tmp_path / "ours", "restore", str(tmp_path / "saved"))[0] == 0
+    assert state_of(tmp_path / "ours") == {**ours, "peers.jsonl": theirs["peers.jsonl"]}
 
 
 # -- pulling the plug --
@@ -12023,6 +12027,43 @@ def test_restore_done_twice_keeps_every_key_and_the_store_there_was(tmp_path):
     assert maintain(tmp_path, "restore", "--replace-key", "saved")[0] == 0
     kept = {file.read_bytes() for file in tmp_path.glob("id_ed25519.previous*")}
     assert kept == {ours["id_ed25519"], third["id_ed25519"]}
+
+
+@pytest.mark.parametrize("name", ["id_ed25519", "peers.jsonl", "db_v2.sqlite3"])
+def test_backup_is_not_written_over_what_is_no_backup(tmp_path, name):
+    source = official_home(tmp_path / "official", OFFICIAL_ROWS)
+    maintain(source, "import", "db_v2.sqlite3")
+    before = {file.name: file.read_bytes() for file in source.iterdir()}
+    for flags in [], ["--no-key"]:
+        status, said = maintain(source, "backup", name, *flags)
+        assert status == 1 and f"{name} exists, is no backup" in said
+    assert {file.name: file.read_bytes() for file in source.iterdir()} == before
+
+
+def test_backup_of_a_directory_without_a_server_leaves_the_former_one(tmp_path):
+    """As a cron job writes it that has lost its working directory."""
+    furnished(tmp_path / "ours", 2)
+    (tmp_path / "elsewhere").mkdir()
+    saved = str(tmp_path / "saved")
+    assert maintain(tmp_path / "ours", "backup", saved)[0] == 0
+    status, said = maintain(tmp_path / "elsewhere", "backup", saved)
+    assert status == 1 and "nothing of a server is in" in said
+    assert maintain(tmp_path / "elsewhere", "restore", saved)[0] == 0
+    assert state_of(tmp_path / "elsewhere") == state_of(tmp_path / "ours")
+
+
+def test_every_changed_or_missing_byte_of_a_backup_is_noticed(tmp_path):
+    furnished(tmp_path, 2)
+    maintain(tmp_path, "backup", "saved")
+    data = (tmp_path / "saved").read_bytes()
+    size = data.index(b"peers.jsonl ") + len("peers.jsonl ")
+    changed = [data[:i] + bytes([data[i] ^ bit]) + data[i + 1:]
+               for i in range(len(data) - 1) for bit in (1, 16)]
+    longer = [data[:size] + digits + data[size:] for digits in (b"9" * 12, b"9" * 40)]
+    for damaged in changed + longer + [data[:i] for i in range(len(data) - 1)]:
+        written(tmp_path, "damaged", damaged)
+        with pytest.raises(rustdesk_server.MaintenanceTrouble):
+            rustdesk_server.read_backup(str(tmp_path / "damaged"))
 
 
 # -- full disks and read-only directories --
