@@ -9781,6 +9781,7 @@ def open_database(path, mode):
     connection = None
     try:
         connection = sqlite3.connect(f"file:{name}?mode={mode}", uri=True)
+        connection.text_factory = text_or_bytes
         yield connection
     except sqlite3.Error as error:
         text = f"the database {path} cannot be used: {error}"
@@ -9788,6 +9789,15 @@ def open_database(path, mode):
     finally:
         if connection is not None:
             connection.close()
+
+
+def text_or_bytes(data):
+    """A text of the database; bytes if it is none, so that one bad row stops
+    nothing."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        return data
 
 
 def import_database(path, store):
@@ -9973,8 +9983,9 @@ def check_backup_place(directory, path, names):
     """MaintenanceTrouble rather than a backup of nothing, or one over a file
     that is none."""
     if not names:
-        raise MaintenanceTrouble(f"nothing of a server is in {os.path.abspath(directory)}"
-                                 ": run this in its directory")
+        place = os.path.abspath(directory)
+        raise MaintenanceTrouble(f"nothing of a server is in {place}: run this in its "
+                                 "directory")
     if os.path.exists(path):
         with open(path, "rb") as file:
             if file.readline(100).strip() not in (b"", BACKUP_TITLE.encode()):

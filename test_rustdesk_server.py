@@ -11810,6 +11810,32 @@ def test_peers_that_registered_before_the_database_could_be_read_stay(tmp_path):
                 early.peer_id, "111111111", "gerät-2"}
 
 
+def test_import_counts_each_kind_of_row_that_it_skips(tmp_path):
+    """One bad row stops nothing, even if its texts are no texts."""
+    source = official_home(tmp_path / "official", [
+        *OFFICIAL_ROWS, ("444444444", b"", b"\4" * 32, "2026-01-01 00:00:00", "{}"),
+        ("555555555", "text", b"\5" * 32, "2026-01-01 00:00:00", "{}"),
+        ("", b"uuid-6", b"\6" * 32, "2026-01-01 00:00:00", "{}"),
+        ("x" * 101, b"uuid-7", b"\7" * 32, "2026-01-01 00:00:00", "{}"),
+        ("999999999", b"uuid-9", b"\x09" * 32, "yesterday", "no json")])
+    with contextlib.closing(sqlite3.connect(source / "db_v2.sqlite3")) as database:
+        database.execute("INSERT INTO peer (guid, id, uuid, pk, info) VALUES "
+                         "('8', CAST(X'ff313233343536' AS TEXT), 'u', X'', '')")
+        database.execute("UPDATE peer SET uuid = X'01', pk = zeroblob(32), "
+                         "info = CAST(X'ff' AS TEXT) WHERE guid = '8'")
+        database.commit()
+    store_peers(tmp_path / "peers.jsonl", [peer("gerät-2", 7)])
+    status, said = maintain(tmp_path, "import", str(source / "db_v2.sqlite3"))
+    assert status == 0 and set(said.strip().partition(": ")[2].split(", ")) == {
+        "2 imported", "1 skipped for a key that is not 32 bytes",
+        "2 skipped for a missing device uuid", "3 skipped for an unusable id",
+        "1 skipped for another device here"}
+    assert reloaded(tmp_path / "peers.jsonl") == {
+        "gerät-2": fields(peer("gerät-2", 7)),
+        "111111111": ("111111111", b"uuid-1", b"\1" * 32, "198.51.100.7", 1709208001, 0),
+        "999999999": ("999999999", b"uuid-9", b"\x09" * 32, "", 0, 0)}
+
+
 def test_another_key_is_not_imported(tmp_path):
     source = official_home(tmp_path / "official", [])
     ours = tmp_path / "ours"
