@@ -4272,6 +4272,7 @@ class PeerStore:
         self.torn = b""  # an unfinished last line
         self.unended = False  # the last line is whole but for its end
         self.unsynced = False
+        self.spoiled = False  # a failed write may have left half a line
         self.compaction = None
 
     def load(self):
@@ -4345,15 +4346,24 @@ class PeerStore:
         one."""
         if self.descriptor is None:
             raise OSError(errno.EBADF, "the store is not open")
+        if self.spoiled:
+            self.cut()
         try:
             written = os.write(self.descriptor, data)
             if written < len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError:
-            os.ftruncate(self.descriptor, self.file_bytes)
+            self.spoiled = True
+            self.cut()
             raise
         self.file_bytes += written
         self.unsynced = True
+
+    def cut(self):
+        """Cut off what a failed write left; nothing is appended before that
+        succeeds."""
+        os.ftruncate(self.descriptor, self.file_bytes)
+        self.spoiled = False
 
     def sync(self):
         """Make what was appended survive a power cut; may block, for the
@@ -4439,7 +4449,7 @@ class Compaction:
         old, self.store.descriptor = self.store.descriptor, self.descriptor
         self.store.file_bytes, self.store.file_lines = self.bytes, self.lines
         self.store.compaction = None
-        self.store.bad_lines = []
+        self.store.bad_lines, self.store.spoiled = [], False
         self.store.unsynced = True  # what came since the new file was synced
         return old
 

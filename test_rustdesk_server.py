@@ -4390,6 +4390,26 @@ def test_disk_that_does_not_take_a_record_leaves_everything_as_it_was(
     assert contents(store) == reloaded(path)
 
 
+@pytest.mark.parametrize("compacting", [False, True])
+def test_half_a_line_that_cannot_be_cut_off_spoils_no_later_one(
+        path, monkeypatch, compacting):
+    """A disk that fails in the middle of everything: nothing more is taken."""
+    store = opened(path)
+    store.append([(peer("first1", 1), None)])
+    failing_write(monkeypatch, 40)
+    monkeypatch.setattr(os, "ftruncate", raising(OSError(errno.EIO, "I/O error")))
+    for name in ("second", "third3"):
+        with pytest.raises(OSError):
+            store.append([(peer(name, 2), None)])
+    assert list(store.peers) == ["first1"]
+    monkeypatch.undo()
+    if compacting:
+        compact(store)
+    store.append([(peer("fourth", 4), None)])
+    assert contents(store) == reloaded(path)
+    assert list(store.peers) == ["first1", "fourth"]
+
+
 def test_store_that_is_not_open_takes_nothing(path):
     store = rustdesk_server.PeerStore(str(path))
     with pytest.raises(OSError):
