@@ -4373,10 +4373,13 @@ class PeerStore:
             getattr(os, "fdatasync", os.fsync)(self.descriptor)
 
     def is_lost(self):
-        """Whether the open file no longer has its name."""
+        """Whether the open file no longer has its name, or all its lines."""
+        if self.descriptor is None:
+            return False
         try:
-            return self.descriptor is not None and not os.path.samestat(
-                os.fstat(self.descriptor), os.stat(self.path))
+            there = os.stat(self.path)
+            return there.st_size < self.file_bytes or not os.path.samestat(
+                os.fstat(self.descriptor), there)
         except OSError:
             return True
 
@@ -8969,13 +8972,13 @@ class Server:
         return ", ".join(parts)
 
     def check_store_file(self):
-        """Somebody has replaced or removed the file: ours must be there
-        again."""
+        """Somebody has replaced, removed or emptied the file: ours must be
+        there again."""
         store = self.store
         if store.compaction is None and store.is_lost():
-            self.log.error(f"{store.path} was removed or replaced under the running "
-                           "server: it is written anew with what is known here.  Stop "
-                           "the server before you change it")
+            self.log.error(f"{store.path} was removed, replaced or cut under the "
+                           "running server: it is written anew with what is known "
+                           "here.  Stop the server before you change it")
             self.begin_compaction()
 
     def on_synced(self, result):

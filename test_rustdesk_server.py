@@ -4417,6 +4417,21 @@ def test_store_that_is_not_open_takes_nothing(path):
     assert store.peers == {}
 
 
+def test_store_whose_file_somebody_removed_replaced_or_cut_is_lost(path):
+    harm = [path.unlink, lambda: path.rename(path.with_suffix(".old")),
+            lambda: os.truncate(path, 0), lambda: path.write_bytes(b"")]
+    for act in harm:
+        store = opened(path)
+        store.append([(peer(), None)])
+        assert not store.is_lost()
+        act()
+        assert store.is_lost()
+        compact(store)
+        assert not store.is_lost() and contents(store) == reloaded(path)
+        store.close()
+    assert not rustdesk_server.PeerStore("nowhere").is_lost()
+
+
 def test_records_are_to_be_synced_until_they_are(path):
     store = opened(path)
     assert not store.unsynced
@@ -8210,6 +8225,24 @@ def test_torn_last_line_is_reported_and_harms_nobody(tail):
             server.start()
             for peer in (one, two):
                 assert register_as_thief(server, peer) == UUID_MISMATCH
+
+
+@slow
+@pytest.mark.parametrize("harm", ["unlink", "truncate"])
+def test_store_that_is_lost_under_the_running_server_is_written_anew(harm):
+    with ServerProcess(role="hbbs") as server:
+        peers = [Peer(server).registered() for _ in range(3)]
+        if harm == "unlink":
+            os.unlink(server.path("peers.jsonl"))
+        else:
+            os.truncate(server.path("peers.jsonl"), 0)
+        server.wait_for_log("removed, replaced or cut", 15)
+        wait_until(lambda: len(reloaded(server.path("peers.jsonl"))) == 3)
+        server.kill()
+        server.start()
+        for peer in peers:
+            assert register_as_thief(server, peer) == UUID_MISMATCH
+            peer.socket.close()
 
 
 def limit_file_size(server, count):
