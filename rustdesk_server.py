@@ -8862,8 +8862,10 @@ class Server:
 
     def write_stores(self, stores):
         """Append records, then go on as each action says."""
+        wall = int(time.time())
         for action in stores:
-            action.peer.created = action.peer.created or int(time.time())
+            action.peer.created = action.peer.created or wall
+            action.peer.seen = wall  # so that it costs no second line
         try:
             self.store.append([(action.peer, action.replaces) for action in stores])
         except OSError as error:

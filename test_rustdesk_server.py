@@ -33,6 +33,7 @@ import concurrent.futures
 import contextlib
 import errno
 import functools
+import glob
 import hashlib
 import io
 import itertools
@@ -12325,6 +12326,126 @@ def test_read_only_official_directory_is_served_without_its_peers(disk, tmp_path
         remount(disk, "rw")
         server.start()
         assert "2 peers known" in server.log()[server.started_at:]
+
+
+# -- the clock, and what is written when --
+
+FAKETIME = sorted(glob.glob("/usr/lib/*/faketime/libfaketimeMT.so.1"))
+needs_faketime = pytest.mark.skipif(
+    not FAKETIME, reason="needs libfaketime (Debian: apt-get install faketime)")
+HOUR, DAY, YEAR = 3600, 86_400, 365 * 86_400
+
+
+class Clock:
+    """The wall clock of a server, which may be wrong and may be set."""
+
+    def __init__(self, folder):
+        self.path = folder / "clock"
+        self.set(0)
+        self.environment = dict(
+            LD_PRELOAD=FAKETIME[0], FAKETIME_TIMESTAMP_FILE=str(self.path),
+            FAKETIME_NO_CACHE="1", NO_FAKE_STAT="1", DONT_FAKE_MONOTONIC="1",
+            FAKETIME_DONT_FAKE_MONOTONIC="1")
+
+    def set(self, seconds):
+        """Let it be so far from right."""
+        written(self.path.parent, "clock.new", f"{seconds:+d}\n").rename(self.path)
+        self.seconds = seconds
+
+    def time(self):
+        return time.time() + self.seconds
+
+
+@pytest.fixture
+def clock(tmp_path):
+    return Clock(tmp_path)
+
+
+def stored_times(server):
+    """peer_id -> when it was first and last seen, by the store's file."""
+    return {peer_id: (created, seen) for peer_id, (*_, created, seen)
+            in reloaded(server.path("peers.jsonl")).items()}
+
+
+@needs_faketime
+@pytest.mark.parametrize("wrong", [-YEAR, YEAR])
+def test_start_with_a_clock_that_is_a_year_wrong_loses_nobody(clock, wrong):
+    """Then the store's times lie in the future, or long ago."""
+    with ServerProcess(environment=clock.environment) as server:
+        with Peer(server).registered() as old:
+            clock.set(wrong)
+            server.restart()
+            with Peer(server).registered() as new:
+                created = stored_times(server)[new.peer_id][0]
+                assert abs(created - clock.time()) < 60
+                assert not old.registered().renew()
+                assert is_reached_at(server, old) and is_reached_at(server, new)
+                assert server.terminate() == 0
+                clock.set(0)
+                server.start()
+                assert_owned(server, [old, new])
+                assert not old.registered().renew() and is_reached_at(server, old)
+
+
+@needs_faketime
+def test_clock_that_jumps_while_the_server_runs_ends_no_route_and_no_session(clock):
+    with ServerProcess(environment=clock.environment) as server:
+        one, two = open_pair(server)
+        with Peer(server).registered() as known, one, two:
+            for wrong in (-YEAR, 30 * DAY, -31 * DAY, YEAR, 0):
+                clock.set(wrong)
+                wait_until(lambda: abs(
+                    stored_times(server)[known.peer_id][1] - clock.time()) < HOUR)
+                assert not known.renew() and is_reached_at(server, known)
+                with Peer(server).registered() as new:
+                    assert is_reached_at(server, new)
+                one.send(b"still here")
+                assert two.receive() == b"still here"
+            assert len(server.read("peers.jsonl").splitlines()) <= 6 + 5 + 4 + 3 + 2 + 1
+
+
+def writes_of(server):
+    """What a server has written so far: its calls, and its files as they are."""
+    with open(f"/proc/{server.process.pid}/io", encoding="ascii") as file:
+        calls = re.findall(r"(?:wchar|syscw): \d+", file.read())
+    folder = os.stat(server.directory).st_mtime_ns
+    return calls, folder, {
+        file.name: (file.stat().st_size, file.stat().st_mtime_ns, file.inode())
+        for file in os.scandir(server.directory)}
+
+
+def renew_for(peers, seconds):
+    """Heartbeats, many more than clients send."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        assert not any(peer.renew() for peer in peers)
+        time.sleep(0.02)
+
+
+@needs_faketime
+@linux_only
+def test_nothing_is_written_while_nothing_changes_but_one_line_a_peer_and_hour(clock):
+    with ServerProcess(environment=clock.environment) as server, (
+            Peer(server).registered()) as one, Peer(server).registered() as two:
+        def lines():
+            return server.read("peers.jsonl").count("\n")
+
+        renew_for([one, two], 2.5)  # time to sync, and to look at every peer
+        before = writes_of(server)
+        renew_for([one, two], 10 if RUN_ALL else 2.5)
+        assert writes_of(server) == before and lines() == 2
+        clock.set(HOUR - 60)
+        renew_for([one, two], 2.5)
+        assert writes_of(server) == before
+        clock.set(HOUR + 60)
+        wait_until(lambda: lines() == 4)
+        renew_for([one, two], 2.5)
+        assert lines() == 4
+        clock.set(3 * HOUR)
+        assert server.terminate() == 0
+        assert lines() == 6
+        assert all(abs(seen - clock.time()) < 60
+                   for _, seen in stored_times(server).values())
 
 
 # -- two servers, two directories --
