@@ -4312,23 +4312,34 @@ class PeerStore:
             self.peers[peer.peer_id] = peer
 
     def open(self):
-        """Open the file for appending; cuts a torn last line off."""
+        """Open the file for appending; a torn last line is put aside and cut
+        off."""
+        if self.torn:
+            self.put_aside([self.torn + b"\n"])
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
         self.descriptor = os.open(self.path, flags, 0o600)
-        if self.torn:
-            os.ftruncate(self.descriptor, self.file_bytes)
-        if self.unended:
-            self.write(b"\n")
-            self.unended = False
+        try:
+            if self.torn:
+                os.ftruncate(self.descriptor, self.file_bytes)
+            if self.unended:
+                self.write(b"\n")
+                self.unended = False
+        except OSError:
+            self.close()  # what is appended would become part of that line
+            raise
 
     def keep_bad_lines(self):
         """Put the lines that could not be read aside, before they are left
         out."""
         if self.bad_lines:
-            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-            descriptor = os.open(self.path + ".bad", flags, 0o600)
-            with open(descriptor, "ab") as file:
-                file.writelines(line for _, _, line in self.bad_lines)
+            self.put_aside(line for _, _, line in self.bad_lines)
+
+    def put_aside(self, lines):
+        """Append lines to the file of those that could not be read."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+        descriptor = os.open(self.path + ".bad", flags, 0o600)
+        with open(descriptor, "ab") as file:
+            file.writelines(lines)
 
     def append(self, records):
         """Write (peer, replaces) pairs with one call, then let them be in
@@ -8410,8 +8421,8 @@ class Server:
         """Open the store for writing, and say what was found in it."""
         store = self.store
         if store.torn:
-            self.log.warn(f"{store.path}: the last line was not finished and is cut "
-                          f"off: {store.torn[:80]!a}")
+            self.log.warn(f"{store.path}: the last line was not finished and is moved "
+                          f"to {store.path}.bad: {store.torn[:80]!a}")
         for number, why, _ in store.bad_lines[:5]:
             self.log.warn(f"{store.path} line {number} is passed over and kept in "
                           f"{store.path}.bad: {why}")

@@ -4355,13 +4355,17 @@ def test_bad_lines_are_put_aside_for_nobody_elses_eyes(path):
     assert (aside.read_bytes(), stat.S_IMODE(aside.stat().st_mode)) == (b"bad\n", 0o600)
 
 
-def test_torn_last_line_is_cut_off_wherever_it_was_torn(path):
+def test_torn_last_line_is_put_aside_wherever_it_was_torn(path):
+    aside = path.parent / "peers.jsonl.bad"
     first, second = peer("first1", 1).to_line().encode(), peer("second", 2).to_line()
     second = second.encode()
     for size in range(1, len(second) - 1):
         path.write_bytes(first + second[:size])
         store = opened(path)
         assert (store.torn, list(store.peers)) == (second[:size], ["first1"])
+        assert aside.read_bytes() == second[:size] + b"\n"
+        assert stat.S_IMODE(aside.stat().st_mode) == 0o600
+        aside.unlink()
         store.append([(peer("third3", 3), None)])
         store.close()
         assert list(reloaded(path)) == ["first1", "third3"]
@@ -4373,6 +4377,26 @@ def test_last_line_without_its_end_is_kept_if_it_is_whole(path):
     assert (store.torn, list(store.peers)) == (b"", ["first1", "second"])
     store.append([(peer("third3", 3), None)])
     assert list(reloaded(path)) == ["first1", "second", "third3"]
+
+
+@pytest.mark.parametrize("tail", ["", '{"id": "torn'])
+def test_unfinished_last_line_that_the_disk_does_not_let_be_finished_stays_whole(
+        path, monkeypatch, tail):
+    """Nothing is appended to it, or both lines would be lost."""
+    path.write_text(peer("first1", 1).to_line().rstrip() + ("\n" + tail) * bool(tail))
+    store = rustdesk_server.PeerStore(str(path))
+    store.load()
+    failing_write(monkeypatch, FULL)
+    monkeypatch.setattr(os, "ftruncate", raising(FULL))
+    with pytest.raises(OSError):
+        store.open()
+    monkeypatch.undo()
+    with pytest.raises(OSError):
+        store.append([(peer("second", 2), None)])
+    store.load()
+    store.open()
+    store.append([(peer("second", 2), None)])
+    assert list(reloaded(path)) == ["first1", "second"]
 
 
 @pytest.mark.parametrize("outcome", [FULL, 0, 1, 40])
