@@ -10529,7 +10529,8 @@ def adopt_official(config, log):
     All of them or none: a store in which nobody is registered yet is replaced
     in one step, so a start that failed or was killed leaves it to the next.
     """
-    has_key = os.path.exists(KEY_FILE) or config.key not in (None, "", "-", "_")
+    has_key = (os.path.exists(KEY_FILE) or config.key_priv
+               or config.key not in (None, "", "-", "_"))
     is_new = not os.path.exists(STORE_FILE) or not os.path.getsize(STORE_FILE)
     if not (has_key and is_new and os.path.exists(OFFICIAL_STORE_FILE)):
         return

@@ -11843,6 +11843,14 @@ def test_start_in_an_official_directory_takes_its_peers_over(tmp_path):
         assert server.read("id_ed25519.pub") == PUBLIC_TEXT
 
 
+@pytest.mark.parametrize("how", ["KEY_PRIV", "KEY"])
+def test_official_peers_are_taken_over_with_a_key_from_the_environment(tmp_path, how):
+    source = official_home(tmp_path / "official", OFFICIAL_ROWS)
+    (source / "id_ed25519").unlink()
+    with ServerProcess(directory=str(source), environment={how: SECRET_TEXT}) as server:
+        assert PUBLIC_TEXT in server.log() and "2 peers known" in server.log()
+
+
 def test_database_that_is_none_is_refused_and_tried_again(tmp_path):
     source = official_home(tmp_path / "official", [])
     (source / "db_v2.sqlite3").write_bytes(b"no database at all, but long enough" * 50)
