@@ -9945,6 +9945,9 @@ def export_official(directory, target):
     if os.path.exists(database):
         raise MaintenanceTrouble(f"{database} exists and was left alone; name an empty "
                                  "directory")
+    theirs = read_key_file(target)
+    if theirs is not None and theirs != read_key_file(directory):
+        raise MaintenanceTrouble(f"{target} has another key: name an empty directory")
     store = PeerStore(os.path.join(directory, STORE_FILE))
     store.load()
     os.makedirs(target, mode=0o700, exist_ok=True)

@@ -11922,6 +11922,23 @@ def test_import_counts_each_kind_of_row_that_it_skips(tmp_path):
         "999999999": ("999999999", b"uuid-9", b"\x09" * 32, "", 0, 0)}
 
 
+def test_nothing_is_exported_beside_another_key_or_over_a_database(tmp_path):
+    furnished(tmp_path / "ours", 2)
+    there = tmp_path / "there"
+    there.mkdir()
+    key = written(there, "id_ed25519", SECRET_TEXT)
+    status, said = maintain(tmp_path / "ours", "export-official", str(there))
+    assert status == 1 and "another key" in said
+    assert (os.listdir(there), key.read_text()) == (["id_ed25519"], SECRET_TEXT)
+    key.unlink()
+    assert maintain(tmp_path / "ours", "export-official", str(there))[0] == 0
+    rows = official_rows(there)
+    status, said = maintain(tmp_path / "ours", "export-official", str(there))
+    assert status == 1 and "left alone" in said
+    assert (len(rows), official_rows(there)) == (2, rows)
+    assert stat.S_IMODE((there / "id_ed25519").stat().st_mode) == 0o600
+
+
 def test_another_key_is_not_imported(tmp_path):
     source = official_home(tmp_path / "official", [])
     ours = tmp_path / "ours"
