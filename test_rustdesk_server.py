@@ -6466,6 +6466,30 @@ def test_lines_below_the_level_are_not_written():
     assert [line.split()[-1] for line in log.lines] == ["warn", "error"]
     assert not log.debugging
 
+def test_log_file_has_a_cap_and_one_predecessor(tmp_path, monkeypatch):
+    monkeypatch.setattr(rustdesk_server.Log, "FILE_BYTES", 1000)
+    log = rustdesk_server.Log(path=str(tmp_path / "log"))
+    for number in range(100):
+        log.info(f"line {number}")
+        log.flush()
+        assert sorted(os.listdir(tmp_path)) in (["log"], ["log", "log.1"])
+        assert all(file.stat().st_size < 1050 for file in tmp_path.iterdir())
+    kept = (tmp_path / "log.1").read_text() + (tmp_path / "log").read_text()
+    numbers = [int(line.rpartition(" ")[2]) for line in kept.splitlines()]
+    assert numbers == list(range(numbers[0], 100)) and len(numbers) > 25
+
+
+def test_log_file_that_cannot_be_renamed_is_written_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(rustdesk_server.Log, "FILE_BYTES", 10)
+    (tmp_path / "log.1").mkdir()
+    log = rustdesk_server.Log(path=str(tmp_path / "log"))
+    for number in range(3):
+        log.info(f"line {number}")
+        log.flush()
+    assert re.findall(r"line \d", (tmp_path / "log").read_text()) == [
+        "line 0", "line 1", "line 2"]
+
+
 # == 18. Server ================================================================
 #
 # Everything here goes through real sockets: 127.0.0.1, 127.0.0.2 and so on are
@@ -8577,6 +8601,29 @@ def test_log_has_neither_secrets_nor_terminal_codes(server):
     assert "tok-SECRET" not in log
     assert server.read("id_ed25519") not in log
     assert not log.startswith("FAKE")
+
+
+def test_log_file_of_json_lines_is_rotated_at_10_mb_and_parses(tmp_path):
+    path = tmp_path / "log"
+    os.truncate(written(tmp_path, "log", ""), 10 * 1024 * 1024 - 4000)
+    server = ServerProcess("--log-file", str(path), "--log-format", "json")
+    server.log_path = str(path)
+    with server:
+        while not (tmp_path / "log.1").exists():
+            with Peer(server).registered():
+                assert path.stat().st_size < 11 * 1024 * 1024
+        for peer_id in ('evil\x1b[31m\n"},{', "\u2028\ud7ff", "标识符标识符"):
+            failure_of(server, peer_id, licence_key="x")
+        assert server.terminate() == 0
+        kept = (tmp_path / "log.1").read_bytes().lstrip(b"\0") + path.read_bytes()
+        entries = [json.loads(line) for line in kept.splitlines()]
+        assert stat.S_IMODE(path.stat().st_mode) == 0o640
+    assert path.stat().st_size < 100_000 and not (tmp_path / "log.2").exists()
+    assert all(set(entry) == {"time", "level", "text"} for entry in entries)
+    assert all(abs(entry["time"] - time.time()) < 60 for entry in entries)
+    assert {entry["level"] for entry in entries} == {"info", "warn"}
+    assert any(entry["text"].startswith("ready") for entry in entries)
+    assert any("evil\\x1b[31m\\n" in entry["text"] for entry in entries)
 
 
 def test_start_tells_the_key_and_what_to_type_into_a_client(server):
@@ -12549,6 +12596,57 @@ def test_reload_takes_what_can_change_and_names_what_waits():
             file.write("idle-limit = soon\n")
         server.process.send_signal(signal.SIGHUP)
         server.wait_for_log("nothing is changed: idle-limit = 'soon'")
+
+
+@pytest.mark.parametrize("broken", [".env", ".env bytes", ".env folder", "list",
+                                    "certificate"])
+def test_reload_with_anything_broken_changes_nothing_at_all(tmp_path, broken):
+    """Not even what was right beside it; all of it comes with the next one."""
+    certificate = issue(tmp_path)
+    with ServerProcess(*certificate.arguments) as server:
+        settings, ip = "always-use-relay = Y\n", next_ip()
+        server.write(".env", settings)
+        server.write("blocklist.txt", ip + "\n")
+        if broken == "list":
+            written(tmp_path, "list", b"\xff\xfe").rename(server.path("blocklist.txt"))
+        elif broken == "certificate":
+            written(tmp_path, "cert.pem", "no certificate")
+        elif broken == ".env folder":
+            os.unlink(server.path(".env"))
+            os.mkdir(server.path(".env"))
+        else:
+            bad = b"\xff\xfe" if "bytes" in broken else b"idle-limit = soon\n"
+            with open(server.path(".env"), "ab") as file:
+                file.write(bad)
+        server.process.send_signal(signal.SIGHUP)
+        server.wait_for_log("ERROR nothing is changed: ")
+        for end in open_pair(server, a_ip=ip):
+            end.close()
+        assert "changed: always-use-relay" not in server.log()
+        if broken == ".env folder":
+            os.rmdir(server.path(".env"))
+        server.write(".env", settings)
+        server.write("blocklist.txt", ip + "\n")
+        certificate.renew()
+        server.process.send_signal(signal.SIGHUP)
+        server.wait_for_log("changed: always-use-relay")
+        with open_link(server, "relay", "tcp", ip) as link:
+            link.send(relay_request(server, new_session_uuid()))
+            assert link.ended()
+
+
+@pytest.mark.parametrize("drain", ["0", "1"])
+def test_stop_says_how_many_sessions_it_cut(drain):
+    with ServerProcess("--drain", drain) as server:
+        ends = [*open_pair(server), *open_pair(server), *open_pair(server, "ws", "ws")]
+        ends.pop().close()
+        ends.pop().close()
+        server.wait_for_log("session 3 of")
+        assert server.terminate() == 0
+        assert "WARN  2 sessions were cut" in server.log()
+        assert ("2 sessions may go on for 1 s" in server.log()) == (drain == "1")
+        for end in ends:
+            end.close()
 
 
 def test_sessions_may_end_by_themselves_after_sigterm():
