@@ -9951,16 +9951,26 @@ def export_official(directory, target):
     store = PeerStore(os.path.join(directory, STORE_FILE))
     store.load()
     os.makedirs(target, mode=0o700, exist_ok=True)
-    with open_database(database, "rwc") as connection:
-        connection.executescript(OFFICIAL_SCHEMA)
-        connection.executemany(
-            "INSERT INTO peer (guid, id, uuid, pk, created_at, info) VALUES "
-            "(?, ?, ?, ?, datetime(?, 'unixepoch'), ?)",
-            map(official_row, store.peers.values()))
-        connection.commit()
+    temporary = f"{database}.{os.urandom(4).hex()}.new"
+    try:
+        fill_database(temporary, store.peers.values())
+        os.replace(temporary, database)
+    finally:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
     said = [copy_if_missing(os.path.join(directory, name), os.path.join(target, name))
             for name in (KEY_FILE, PUBLIC_KEY_FILE, SLOWED_FILE, REFUSED_FILE)]
     return [sentence for sentence in said if sentence] + [f"{len(store.peers)} peers"]
+
+
+def fill_database(path, peers):
+    """Make a database of the official server's that holds these peers."""
+    with open_database(path, "rwc") as connection:
+        connection.executescript(OFFICIAL_SCHEMA)
+        connection.executemany(
+            "INSERT INTO peer (guid, id, uuid, pk, created_at, info) VALUES "
+            "(?, ?, ?, ?, datetime(?, 'unixepoch'), ?)", map(official_row, peers))
+        connection.commit()
 
 
 def official_row(peer):

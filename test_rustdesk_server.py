@@ -12373,6 +12373,15 @@ def test_import_without_room_is_finished_when_there_is_some(disk, tmp_path):
 
 
 @needs_mount
+def test_export_without_room_leaves_no_database_without_peers(disk, tmp_path):
+    furnished(tmp_path / "ours", 3000)
+    status, said = maintain(tmp_path / "ours", "export-official", str(disk))
+    assert status == 1 and "full" in said and os.listdir(disk) == []
+    there = str(tmp_path / "there")
+    assert "3000 peers" in maintain(tmp_path / "ours", "export-official", there)[1]
+
+
+@needs_mount
 def test_read_only_directory_serves_the_known_and_takes_the_new_when_it_can(
         disk, tmp_path):
     with server_on(disk, tmp_path) as server, Peer(server).registered() as known:
