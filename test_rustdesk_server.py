@@ -40,6 +40,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import pathlib
 import random
 import re
 import select
@@ -8276,6 +8277,40 @@ def test_torn_last_line_is_reported_and_harms_nobody(tail):
                 assert register_as_thief(server, peer) == UUID_MISMATCH
 
 
+def test_damaged_lines_are_named_and_kept_aside_and_the_rest_is_served():
+    """Flipped bits, a line cut short, zeros of a power cut, a joined pair."""
+    with ServerProcess(role="hbbs") as server:
+        peers = [Peer(server).registered() for _ in range(8)]
+        assert server.terminate() == 0
+        with open(server.path("peers.jsonl"), "rb") as file:
+            lines = file.read().splitlines(keepends=True)
+        damaged = [bytes([*lines[0][:30], lines[0][30] ^ 4, *lines[0][31:]]),
+                   lines[2][:50] + b"\n", bytes(64) + b"\n", lines[5][:-1] + lines[6]]
+        with open(server.path("peers.jsonl"), "wb") as file:
+            file.writelines([damaged[0], lines[1], damaged[1], *lines[3:5], damaged[2],
+                             damaged[3], lines[7], lines[7][:40]])
+        server.start()
+        log = server.log()[server.started_at:]
+        assert re.findall(r"peers\.jsonl line (\d) is passed over and kept in", log) == [
+            "1", "3", "6", "7"]
+        assert "the last line was not finished" in log and "4 peers known" in log
+        wait_until(lambda: read_if_there(server.path("peers.jsonl.bad"))
+                   == lines[7][:40] + b"\n" + b"".join(damaged))
+        server.kill()
+        server.start()
+        assert "passed over" not in server.log()[server.started_at:]
+        assert_owned(server, [peers[i] for i in (1, 3, 4, 7)])
+        for peer in peers:
+            peer.socket.close()
+
+
+def read_if_there(path):
+    """The content of a file that may not be there yet."""
+    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+        return file.read()
+    return b""
+
+
 @slow
 @pytest.mark.parametrize("harm", ["unlink", "truncate"])
 def test_store_that_is_lost_under_the_running_server_is_written_anew(harm):
@@ -12554,6 +12589,40 @@ def test_nothing_is_written_while_nothing_changes_but_one_line_a_peer_and_hour(c
 
 
 # -- two servers, two directories --
+
+
+@pytest.mark.parametrize("first, second", [
+    ("hbbs", "hbbs"), ("hbbr", "hbbr"), ("hbbs", None), (None, "hbbr")])
+def test_second_server_of_a_role_is_told_who_has_the_directory(first, second):
+    """And the first may be killed: a lock that outlived it would be a trap."""
+    arguments = [second] * bool(second) + ["-p", "0", "-b", "127.0.0.1"]
+    with ServerProcess(role=first) as server:
+        role = second if first is None else first
+        state = state_of(pathlib.Path(server.directory))
+        status, said = maintain(server.directory, *arguments)
+        assert status == 1 and said == (
+            f"rustdesk_server: another {role} runs in {server.directory}: pid "
+            f"{server.process.pid}; stop it first, or use another directory\n")
+        assert state_of(pathlib.Path(server.directory)) == state and server.is_running()
+        server.kill()
+        server.start()
+
+
+def test_of_many_servers_started_at_once_one_has_the_directory(tmp_path):
+    started = [subprocess.Popen(
+        server_command(["hbbs", "-p", "0", "-b", "127.0.0.1"]), cwd=str(tmp_path),
+        env=clean_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True) for _ in range(4)]
+    try:
+        wait_until(lambda: sum(one.poll() is None for one in started) == 1)
+        (left,) = [one for one in started if one.poll() is None]
+        said = [one.stdout.read() for one in started if one is not left]
+        assert all("another hbbs runs in" in text for text in said), said
+    finally:
+        for one in started:
+            one.kill()
+            one.wait(DEADLINE_SECONDS)
+            one.stdout.close()
 
 
 def test_running_server_keeps_others_out_of_its_directory():
