@@ -8291,8 +8291,8 @@ def test_damaged_lines_are_named_and_kept_aside_and_the_rest_is_served():
                              damaged[3], lines[7], lines[7][:40]])
         server.start()
         log = server.log()[server.started_at:]
-        assert re.findall(r"peers\.jsonl line (\d) is passed over and kept in", log) == [
-            "1", "3", "6", "7"]
+        named = re.findall(r"peers\.jsonl line (\d) is passed over and kept in", log)
+        assert named == ["1", "3", "6", "7"]
         assert "the last line was not finished" in log and "4 peers known" in log
         wait_until(lambda: read_if_there(server.path("peers.jsonl.bad"))
                    == lines[7][:40] + b"\n" + b"".join(damaged))
@@ -12000,7 +12000,8 @@ def test_import_counts_each_kind_of_row_that_it_skips(tmp_path):
         "1 skipped for another device here"}
     assert reloaded(tmp_path / "peers.jsonl") == {
         "gerät-2": fields(peer("gerät-2", 7)),
-        "111111111": ("111111111", b"uuid-1", b"\1" * 32, "198.51.100.7", 1709208001, 0),
+        "111111111": ("111111111", b"uuid-1", b"\1" * 32, "198.51.100.7",
+                      1709208001, 0),
         "999999999": ("999999999", b"uuid-9", b"\x09" * 32, "", 0, 0)}
 
 
@@ -12082,7 +12083,7 @@ def test_backup_without_the_key_leaves_ours_alone(tmp_path):
     assert SECRET_TEXT.encode() not in saved and PUBLIC_TEXT.encode() not in saved
     ours = furnished(tmp_path / "ours", 1)
     assert maintain(tmp_path / "ours", "restore", str(tmp_path / "saved"))[0] == 0
-    assert state_of(tmp_path / "ours") == {**ours, "peers.jsonl": theirs["peers.jsonl"]}
+    assert files_in(tmp_path / "ours") == {**ours, "peers.jsonl": theirs["peers.jsonl"]}
 
 
 # -- pulling the plug --
@@ -12101,7 +12102,7 @@ def furnished(directory, count, secret=None):
     written(directory, "id_ed25519.pub", public)
     store_peers(directory / "peers.jsonl",
                 [peer(f"{secret[:4]}{i}", i) for i in range(count)])
-    return state_of(directory)
+    return files_in(directory)
 
 
 def store_peers(path, peers):
@@ -12111,7 +12112,7 @@ def store_peers(path, peers):
     store.close()
 
 
-def state_of(directory):
+def files_in(directory):
     """Name and content of the files that make up a server."""
     return {name: (directory / name).read_bytes()
             for name in rustdesk_server.BACKUP_FILES if (directory / name).exists()}
@@ -12125,7 +12126,7 @@ def test_no_kill_during_a_backup_leaves_half_a_backup(tmp_path):
             if rng.random() < 0.5:
                 saved.unlink(missing_ok=True)
             forker.run("backup", "saved", seconds=rng.uniform(0, longest))
-            assert state_of(forker.directory) == state
+            assert files_in(forker.directory) == state
             assert not saved.exists() or (
                 set(rustdesk_server.read_backup(str(saved))) == set(state))
 
@@ -12142,10 +12143,10 @@ def test_no_kill_during_a_restore_loses_a_key_or_a_store(tmp_path):
             ours = furnished(home, 10)
             forker.run("restore", "saved", "--replace-key",
                        seconds=rng.uniform(0, longest))
-            for name, data in state_of(home).items():
+            for name, data in files_in(home).items():
                 assert data in (ours[name], theirs[name])
             assert forker.run("restore", "saved", "--replace-key")[0] == 0
-            assert state_of(home) == theirs
+            assert files_in(home) == theirs
             kept = [file.read_bytes() for file in home.glob("id_ed25519*")]
             assert ours["id_ed25519"] in kept
             clear(home, keeping="saved")
@@ -12231,7 +12232,7 @@ def test_restore_done_twice_keeps_every_key_and_the_store_there_was(tmp_path):
     ours = furnished(tmp_path, 5)
     for _ in range(2):
         assert maintain(tmp_path, "restore", "--replace-key", "saved")[0] == 0
-    assert state_of(tmp_path) == theirs
+    assert files_in(tmp_path) == theirs
     for name in ours:
         assert (tmp_path / (name + ".previous")).read_bytes() == ours[name]
     third = furnished(tmp_path, 0)
@@ -12260,7 +12261,7 @@ def test_backup_of_a_directory_without_a_server_leaves_the_former_one(tmp_path):
     status, said = maintain(tmp_path / "elsewhere", "backup", saved)
     assert status == 1 and "nothing of a server is in" in said
     assert maintain(tmp_path / "elsewhere", "restore", saved)[0] == 0
-    assert state_of(tmp_path / "elsewhere") == state_of(tmp_path / "ours")
+    assert files_in(tmp_path / "elsewhere") == files_in(tmp_path / "ours")
 
 
 def test_every_changed_or_missing_byte_of_a_backup_is_noticed(tmp_path):
@@ -12372,7 +12373,7 @@ def test_backup_without_room_leaves_the_former_one(disk):
     saved, filler = (disk / "saved").read_bytes(), fill_up(disk)
     status, said = maintain(disk, "backup", "saved")
     assert status == 1 and "No space left" in said
-    assert (state_of(disk), (disk / "saved").read_bytes()) == (state, saved)
+    assert (files_in(disk), (disk / "saved").read_bytes()) == (state, saved)
     assert not list(disk.glob("*.new"))
     filler.unlink()
 
@@ -12388,10 +12389,10 @@ def test_restore_without_room_restores_nothing(disk, tmp_path, room):
     restore = "restore", "--replace-key", str(tmp_path / "saved")
     status, said = maintain(disk, *restore)
     assert status == 1 and "No space left" in said
-    assert state_of(disk) == state and not list(disk.glob("*.new"))
+    assert files_in(disk) == state and not list(disk.glob("*.new"))
     filler.unlink()
     assert maintain(disk, *restore)[0] == 0
-    assert state_of(disk) == state_of(tmp_path / "theirs")
+    assert files_in(disk) == files_in(tmp_path / "theirs")
 
 
 @needs_mount
@@ -12476,7 +12477,7 @@ needs_faketime = pytest.mark.skipif(
 HOUR, DAY, YEAR = 3600, 86_400, 365 * 86_400
 
 
-class Clock:
+class WallClock:
     """The wall clock of a server, which may be wrong and may be set."""
 
     def __init__(self, folder):
@@ -12498,7 +12499,7 @@ class Clock:
 
 @pytest.fixture
 def clock(tmp_path):
-    return Clock(tmp_path)
+    return WallClock(tmp_path)
 
 
 def stored_times(server):
@@ -12598,12 +12599,13 @@ def test_second_server_of_a_role_is_told_who_has_the_directory(first, second):
     arguments = [second] * bool(second) + ["-p", "0", "-b", "127.0.0.1"]
     with ServerProcess(role=first) as server:
         role = second if first is None else first
-        state = state_of(pathlib.Path(server.directory))
+        state = files_in(pathlib.Path(server.directory))
         status, said = maintain(server.directory, *arguments)
         assert status == 1 and said == (
             f"rustdesk_server: another {role} runs in {server.directory}: pid "
             f"{server.process.pid}; stop it first, or use another directory\n")
-        assert state_of(pathlib.Path(server.directory)) == state and server.is_running()
+        assert files_in(pathlib.Path(server.directory)) == state
+        assert server.is_running()
         server.kill()
         server.start()
 
