@@ -9104,7 +9104,8 @@ class Server:
 
     def run(self):
         """Serve until SIGTERM or SIGINT."""
-        gc.freeze()  # what is loaded by now is never looked through again
+        if hasattr(gc, "freeze"):  # PyPy's collector is another one
+            gc.freeze()  # what is loaded by now is never looked through again
         self.loop.run()
 
     def reload(self):
