@@ -23,7 +23,8 @@ the clients and before the house and the fuzz.  What is tested through sockets i
 tested from the protocol alone: the clients have their own framing and addresses,
 and google.protobuf for their messages.
 
-RUSTDESK_SERVER names another file to test than the one beside this file.
+RUSTDESK_SERVER names another file to test than the one beside this file, and
+RUSTDESK_PYTHON another Python to run it by, as a command line.
 """
 
 import ast
@@ -44,6 +45,7 @@ import pathlib
 import random
 import re
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -165,6 +167,7 @@ SERVER_FILE = os.path.abspath(
     os.environ.get("RUSTDESK_SERVER") or os.path.join(HERE, "rustdesk_server.py")
 )
 REPOSITORY = os.path.dirname(SERVER_FILE)
+SERVER_PYTHON = shlex.split(os.environ.get("RUSTDESK_PYTHON", "")) or [sys.executable]
 sys.path.insert(0, REPOSITORY)
 
 import proto_gen  # noqa: E402
@@ -230,12 +233,12 @@ def clean_environment(**settings):
 
 
 def server_command(arguments, *, program=SERVER_FILE, flags=(), blocked=(),
-                   python=sys.executable):
+                   python=SERVER_PYTHON):
     """The command line that runs the server, perhaps without some modules."""
     if blocked:
         launcher = ["-c", LAUNCHER, ",".join(blocked), program]
-        return [python, *flags, *launcher, *arguments]
-    return [python, *flags, program, *arguments]
+        return [*python, *flags, *launcher, *arguments]
+    return [*python, *flags, program, *arguments]
 
 
 class ServerProcess:
@@ -6664,7 +6667,7 @@ def lose_one_and_answer(peer):
 def test_copied_file_serves_whole_sessions_alone_and_without_what_routers_lack():
     with tempfile.TemporaryDirectory() as folder:
         program = shutil.copy(SERVER_FILE, folder)
-        serve_whole_sessions(program, sys.executable)
+        serve_whole_sessions(program, SERVER_PYTHON)
 
 
 def serve_whole_sessions(program, python):
@@ -13921,6 +13924,393 @@ def test_initiator_inside_the_lan_is_told_the_servers_local_address():
                     answer.send(outside.answer_by_relay(hole, "u"))
                 response = link.expect("relay_response")
     assert response.relay_server.partition(":")[0] == "127.0.0.9"
+
+# == The matrix ================================================================
+#
+# What the server needs and what it leaves alone, wherever it runs: other Pythons
+# and a processor of 32 bits (slow), and what it sends when nobody asks.  A system
+# that is not here is made from Debian's packages, once, in .venv/systems.
+
+#: A part of the tests that goes through every room of the server, as pytest's -k.
+SESSIONS = "meet or relay or nat_test or online_query or forms_of_the_key or survive"
+
+#: The Debian release that has a Python.
+RELEASES = {"python3.9": "bullseye", "python3.11": "bookworm",
+            "python3.13": "trixie", "pypy3": "bookworm"}
+SYSTEMS = os.path.join(VENV, "systems")
+MIRRORS = ("http://deb.debian.org/debian", "http://archive.debian.org/debian")
+
+#: Where the things are that a Python in another root needs as well.
+SHARED_FOLDERS = (tempfile.gettempdir(), REPOSITORY, HERE)
+
+#: Runs a command in another root, which leaves nothing mounted: $1 the root, $2
+#: the folders that it shares with this one.
+ENTER_ROOT = r"""
+root=$1 shared=$2
+shift 2
+set -e
+mount --make-rprivate /
+mount -t proc proc "$root/proc"
+mount --rbind /dev "$root/dev"
+for folder in $shared; do
+    mkdir -p "$root$folder"
+    mount --bind "$folder" "$root$folder"
+done
+exec chroot "$root" sh -c 'cd "$0" && exec "$@"' "$PWD" "$@"
+"""
+
+
+def do_the_main_job(server, first, second, bulk=2 * MIB):
+    """All that clients at two addresses want of a server, from there."""
+    with LivePeer(server, ip=second) as peer:
+        assert dial_and_converse(Initiator(server, ip=first), peer, "direct").is_secure
+        assert online_states(server, ["unknown", peer.peer_id], first) == b"\x40"
+    for a_transport, b_transport in (("tcp", "tcp"), ("ws", "ws"), ("tcp", "ws")):
+        a = Initiator(server, ip=first, transport=a_transport, force_relay=True)
+        with LivePeer(server, ip=second, transport=b_transport,
+                      relay_server="%s:%d" % server.address("relay")) as peer:
+            here, there = a.dial(peer.peer_id), peer.next_session()
+            assert here.way == there.way == "relay" and here.is_secure
+            exchange_bulk(here, there, bulk)
+            here.close()
+            assert there.receive() is None
+    for name in ("rendezvous", "nat-test"):
+        with TcpLink(server.address(name), (first, 0)) as link:
+            answer = link.ask("test_nat_request", "test_nat_response")
+            assert answer.port == link.local[1]
+
+
+# -- what leaves the host ------------------------------------------------------
+
+#: Where things are on the cable: the server, its resolver, and its relays, one that
+#: answers, one that refuses, one that nobody has; all others are clients.
+SERVER_IP, RESOLVER_IP = "10.77.0.1", "10.77.0.50"
+RELAY_IPS = {"relay.test": "10.77.0.51", "10.77.0.52": "10.77.0.52",
+             "10.77.0.53": "10.77.0.53"}
+RELAY_TEST_PORT = 21999
+
+#: Gives a process its own list of resolvers.
+WITH_RESOLVER = r"""
+mount --make-rprivate / && mount --bind "$1" /etc/resolv.conf
+mount --bind "$2" /etc/nsswitch.conf || true
+shift 2
+exec "$@"
+"""
+
+Passing = collections.namedtuple("Passing", "kind source target payload")
+
+
+def dissect(data):
+    """What an Ethernet frame carries; the name of the kind says who sends it."""
+    ether_type, body = data[12:14], data[14:]
+    if ether_type == b"\x08\x06":
+        places = [(socket.inet_ntoa(body[at:at + 4]), 0) for at in (14, 24)]
+        return Passing("arp", *places, b"")
+    if ether_type == b"\x08\x00":
+        family, ends, protocol = socket.AF_INET, (12, 16, 20), body[9]
+        start = 4 * (body[0] & 15)
+    else:
+        family, ends, protocol, start = socket.AF_INET6, (8, 24, 40), body[6], 40
+    source, target = (socket.inet_ntop(family, body[start:end])
+                      for start, end in zip(ends, ends[1:]))
+    kind = {6: "tcp", 17: "udp", 0: "kernel", 58: "kernel"}.get(protocol, protocol)
+    if kind not in ("tcp", "udp"):
+        return Passing(kind, (source, 0), (target, 0), body[start:])
+    from_port, to_port = struct.unpack_from(">HH", body, start)
+    head = 8 if kind == "udp" else 4 * (body[start + 12] >> 4)
+    return Passing(kind, (source, from_port), (target, to_port), body[start + head:])
+
+
+class Tap:
+    """Notes every packet on the client's end of the cable, in its order."""
+
+    def __init__(self, networks):
+        self.socket = networks.socket_in(
+            networks.client, socket.AF_PACKET, socket.SOCK_RAW)
+        self.socket.setsockopt(socket.SOL_SOCKET, 33, 64 * MIB)  # SO_RCVBUFFORCE
+        self.socket.bind(("veth0", 3))                           # ETH_P_ALL
+        self.socket.settimeout(0.1)
+        self.seen = []                                           # (left, Passing)
+        self.stopping = threading.Event()
+        self.thread = threading.Thread(target=self.listen)
+
+    def __enter__(self):
+        self.thread.start()
+        return self
+
+    def __exit__(self, *exception):
+        assert self.thread.is_alive(), "the tap has not heard everything"
+        self.stopping.set()
+        self.thread.join()
+        dropped = struct.unpack("II", self.socket.getsockopt(263, 6, 8))[1]
+        self.socket.close()
+        assert not dropped, f"{dropped} packets were not noted"
+
+    def listen(self):
+        """An outgoing packet here is one that the server's host gets."""
+        while not self.stopping.is_set():
+            with contextlib.suppress(TimeoutError, socket.timeout):
+                data, (_, _, direction, *_) = self.socket.recvfrom(1 << 17)
+                self.seen.append((direction != 4, dissect(data)))
+
+    def departures(self):
+        """Of each packet that left so far: why it did, and the packet."""
+        met, found = set(), []
+        for left, passing in list(self.seen):
+            if left:
+                found.append((why_it_left(passing, met), passing))
+            elif passing.source[0] not in (RESOLVER_IP, *RELAY_IPS.values()):
+                met.add(passing[:3])
+        return found
+
+    def reasons(self):
+        """How often what was the reason."""
+        return collections.Counter(why for why, _ in self.departures())
+
+
+def why_it_left(passing, met):
+    """The permitted reason of a packet that left the server's host, or None.
+
+    `met` has the kind, source and target of each packet that a client sent before.
+    """
+    kind, source, target, payload = passing
+    relays = [(ip, RELAY_TEST_PORT) for ip in RELAY_IPS.values()]
+    if (kind, target, source) in met:
+        return "client"
+    if kind == "udp" and target == (RESOLVER_IP, 53):
+        return "look-up" if b"\x05relay\x04test\0" in payload else None
+    if kind == "tcp" and target in relays:
+        return None if payload else "health check"
+    known = {RESOLVER_IP, *RELAY_IPS.values(), *(place[0] for _, place, _ in met)}
+    if kind == "arp" and target[0] in known:
+        return "neighbour"
+    return "kernel" if kind == "kernel" else None
+
+
+def answer_look_ups(resolver, stopping):
+    """A name server that knows one name, by IPv4 (RFC 1035 4.1)."""
+    while not stopping.is_set():
+        with contextlib.suppress(TimeoutError, socket.timeout):
+            query, asker = resolver.recvfrom(512)
+            asked = query[12:query.index(b"\0", 12) + 5]
+            known = asked == b"\x05relay\x04test\0\0\x01\0\x01"
+            place = socket.inet_aton(RELAY_IPS["relay.test"])
+            record = b"\xc0\x0c\0\x01\0\x01\0\0\0\0\0\x04" + place if known else b""
+            resolver.sendto(query[:2] + b"\x81\x80\0\x01\0" + bytes([known])
+                            + bytes(4) + asked + record, asker)
+
+
+class HostAcross(ServerInside):
+    """A server at the other end of the cable, with a resolver of its own."""
+
+    def __init__(self, networks, *arguments):
+        super().__init__(networks.host, *arguments, bind=None)
+        self.write("resolv.conf", f"nameserver {RESOLVER_IP}\noptions timeout:1\n")
+        self.write("nsswitch.conf", "hosts: files dns\n")
+        self.how = dict(python=["unshare", "-m", "sh", "-c", WITH_RESOLVER, "sh",
+                                self.path("resolv.conf"), self.path("nsswitch.conf"),
+                                sys.executable])
+
+    def address(self, name, host=None):
+        return super().address(name, SERVER_IP)
+
+
+@contextlib.contextmanager
+def surroundings():
+    """The cable with a way to everywhere, and a tap on it; a relay and a resolver."""
+    with Networks() as networks, contextlib.ExitStack() as stack:
+        for last in (10, RESOLVER_IP.split(".")[3], 51, 52):
+            ip_command("addr", "add", f"10.77.0.{last}/24", "dev", "veth0",
+                       inside=networks.client)
+        for version, way in (("-4", "10.77.0.9"), ("-6", "2001:db8:77::9")):
+            ip_command(version, "route", "add", "default", "via", way,
+                       inside=networks.host)
+        ip_command("neigh", "add", RELAY_IPS["10.77.0.53"], "lladdr",
+                   "02:00:00:00:00:53", "dev", "veth0", inside=networks.host)
+        resolver = networks.socket_in(networks.client, socket.AF_INET,
+                                      socket.SOCK_DGRAM)
+        relay = networks.socket_in(networks.client)
+        stopping = threading.Event()
+        thread = threading.Thread(target=answer_look_ups, args=(resolver, stopping))
+        stack.enter_context(resolver).bind((RESOLVER_IP, 53))
+        resolver.settimeout(0.1)
+        stack.enter_context(relay).bind((RELAY_IPS["relay.test"], RELAY_TEST_PORT))
+        relay.listen(50)
+        stack.callback(thread.join)
+        stack.callback(stopping.set)
+        thread.start()
+        yield networks, stack.enter_context(Tap(networks))
+
+
+def unexplained(tap):
+    return [passing for why, passing in tap.departures() if why is None]
+
+
+@needs_root
+def test_nothing_leaves_but_answers_relayed_traffic_look_ups_and_health_checks():
+    relays = ",".join(f"{name}:{RELAY_TEST_PORT}" for name in RELAY_IPS)
+    with surroundings() as (networks, tap):
+        with HostAcross(networks, "-r", relays) as server:
+            in_namespace(networks.client, lambda: do_the_main_job(
+                server, "10.77.0.9", "10.77.0.10"))
+            server.wait_for_log(f"10.77.0.52:{RELAY_TEST_PORT} does not answer")
+            wait_until(lambda: len(health_checked(tap)) == len(RELAY_IPS) and
+                       tap.reasons()["look-up"] > 2)
+        assert not unexplained(tap)
+        relayed = sum(len(passing.payload) for why, passing in tap.departures()
+                      if why == "client" and passing.source[1] in (
+                          server.ports["relay"], server.ports["relay-websocket"]))
+        assert relayed > 3 * 2 * 2 * MIB
+
+
+def health_checked(tap):
+    return {passing.target for why, passing in tap.departures()
+            if why == "health check"}
+
+
+@needs_root
+def test_server_without_relays_and_clients_sends_nothing_by_itself():
+    with surroundings() as (networks, tap):
+        with HostAcross(networks) as server:
+            time.sleep(rustdesk_server.RELAY_CHECK_SECONDS + 1)
+            assert set(tap.reasons()) <= {"kernel"}
+            in_namespace(networks.client, lambda: Peer(server, ip="10.77.0.9").renew())
+            wait_until(lambda: tap.reasons()["client"])
+        assert set(tap.reasons()) <= {"kernel", "client", "neighbour"}
+
+
+@pytest.mark.parametrize("passing", [
+    Passing("udp", (SERVER_IP, 5), ("192.0.2.1", 53), b"\x05relay\x04test\0"),
+    Passing("udp", (SERVER_IP, 5), (RESOLVER_IP, 53), b"\x07another\x04test\0"),
+    Passing("tcp", (SERVER_IP, 5), ("10.77.0.51", RELAY_TEST_PORT), b"x"),
+    Passing("tcp", (SERVER_IP, 5), ("10.77.0.51", 80), b""),
+    Passing("udp", (SERVER_IP, 21116), ("10.77.0.9", 6), b""),
+    Passing("tcp", (SERVER_IP, 21116), ("10.77.0.9", 7), b""),
+    Passing("arp", (SERVER_IP, 0), ("10.77.0.77", 0), b""),
+])
+def test_tap_has_no_excuse_for_a_packet_that_nobody_asked_for(passing):
+    met = {("udp", ("10.77.0.9", 7), (SERVER_IP, 21116))}
+    assert why_it_left(passing, met) is None
+    answer = Passing("udp", (SERVER_IP, 21116), ("10.77.0.9", 7), b"")
+    assert why_it_left(answer, met) == "client"
+
+
+# -- other Pythons and another processor (slow) ----------------------------------
+
+def debian(name, release, *options, foreign=False):
+    """The root directory of a Debian system, made when it is not there yet."""
+    if not shutil.which("debootstrap") or os.getuid() != 0:
+        pytest.skip(f"no {name} here, and no debootstrap to make one: needs root and "
+                    "apt-get install -y debootstrap")
+    root, part = os.path.join(SYSTEMS, name), os.path.join(SYSTEMS, name + ".part")
+    if not os.path.exists(root):
+        said = ""
+        for mirror in MIRRORS:
+            shutil.rmtree(part, ignore_errors=True)
+            os.makedirs(part)
+            made = subprocess.run(
+                ["debootstrap", "--variant=minbase", *options, release, part, mirror],
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            if made.returncode == 0:
+                break
+            said += made.stdout[-300:]
+        else:
+            shutil.rmtree(part, ignore_errors=True)
+            pytest.skip("debootstrap failed: " + said)
+        if foreign:
+            unpack(part)
+        os.rename(part, root)
+    return root
+
+
+def unpack(root):
+    """Unpack the packages that only another processor could set up."""
+    archives = os.path.join(root, "var/cache/apt/archives")
+    for name in sorted(os.listdir(archives)):
+        if name.endswith(".deb"):
+            subprocess.run(["dpkg-deb", "-x", os.path.join(archives, name), root],
+                           check=True)
+
+
+def is_python(path, name):
+    """Whether a program is there, starts, and is the Python of that name."""
+    ask = "import select, sys; print('python%d.%d' % sys.version_info[:2])"
+    try:
+        said = subprocess.run([path, "-c", ask], capture_output=True, text=True)
+    except OSError:
+        return False
+    return said.stdout.strip() == name.replace("pypy3", "python3.9")
+
+
+def python_command(name):
+    """The command that runs that Python: one of this machine, or one of Debian's."""
+    versions = os.path.expanduser("~/.pyenv/versions")
+    paths = [shutil.which(name)] + [
+        os.path.join(versions, folder, "bin", name)
+        for folder in (os.listdir(versions) if os.path.isdir(versions) else ())]
+    for path in paths:
+        if path and is_python(path, name):
+            return [path]
+    packages = "pypy3,pypy3-venv" if name == "pypy3" else "python3,python3-venv"
+    root = debian(name, RELEASES[name], f"--include={packages},ca-certificates,iproute2")
+    shared = [folder for folder in SHARED_FOLDERS
+              if not any(folder.startswith(other + "/") for other in SHARED_FOLDERS)]
+    return ["unshare", "-m", "sh", "-c", ENTER_ROOT, "sh", root,
+            " ".join(sorted(set(shared))), name]
+
+
+def passes(command, folder, **environment):
+    """Run tests to their end, which must be a good one; returns what they said."""
+    signal.alarm(3600)  # they have an alarm for each test
+    kept = {name: value for name, value in os.environ.items()
+            if not name.startswith("RUSTDESK_")}
+    ended = subprocess.run(
+        command, cwd=folder, env={**kept, **environment}, text=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert ended.returncode == 0, ended.stdout[-8000:]
+    return int(re.search(r"(\d+) passed", ended.stdout).group(1))
+
+
+@slow
+@linux_only
+@pytest.mark.parametrize("name", list(RELEASES))
+def test_sessions_run_by_every_python(name):
+    """The clients stay with this Python, the server has that one."""
+    python = python_command(name)
+    tests = [sys.executable, os.path.abspath(__file__), "-q", "-k", SESSIONS]
+    assert passes(tests, HERE, RUSTDESK_PYTHON=shlex.join(python),
+                  RUSTDESK_SERVER=SERVER_FILE) > 100
+
+
+@slow
+@linux_only
+@pytest.mark.parametrize("name", ["python3.9", "python3.11", "python3.13"])
+def test_test_command_passes_with_every_python(name):
+    """In a copy of the repository that keeps its environment for the next time."""
+    python = python_command(name)
+    folder = os.path.join(SYSTEMS, name + "-tests")
+    os.makedirs(folder, exist_ok=True)
+    for source in ("README.md", "install.sh", "proto_gen.py", "rustdesk_server.py",
+                   "test_rustdesk_server.py", ".gitignore"):
+        shutil.copy(os.path.join(REPOSITORY, source), folder)
+    assert passes([*python, "test_rustdesk_server.py", "-q"], folder) > 1000
+
+
+@slow
+@linux_only
+def test_main_job_runs_on_armhf():
+    """Under QEMU's emulation of one program, by Debian's Python for that processor."""
+    emulator = shutil.which("qemu-arm-static") or shutil.which("qemu-arm")
+    if not emulator:
+        pytest.skip("no qemu-arm here: apt-get install -y qemu-user-static")
+    root = debian("armhf", "bookworm", "--arch=armhf", "--foreign",
+                  "--include=python3", foreign=True)
+    python = [emulator, "-L", root, root + "/usr/bin/python3"]
+    told = subprocess.run([*python, "-c", "import sys, os; print(os.uname().machine, "
+                           "sys.maxsize)"], capture_output=True, text=True)
+    assert told.stdout == "armv7l 2147483647\n", told.stderr
+    with ServerProcess(python=python) as server:
+        do_the_main_job(server, next_ip(), next_ip())
 
 # == The house =================================================================
 #
