@@ -10397,8 +10397,8 @@ def run_role(command, arguments):
         if log is not None:
             log.flush()
         raise SystemExit(f"rustdesk_server: {trouble}") from None
-    introduce(server)
     catch_signals(server)
+    introduce(server)
     server.supervisor.notify("READY=1")
     try:
         server.run()
