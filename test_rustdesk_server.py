@@ -14340,7 +14340,8 @@ def test_test_command_passes_with_every_python(name):
     python = python_command(name)
     folder = os.path.join(SYSTEMS, name + "-tests")
     os.makedirs(folder, exist_ok=True)
-    for source in ("README.md", "install.sh", "proto_gen.py", "test_rustdesk_server.py"):
+    for source in ("README.md", "install.sh", "proto_gen.py",
+                   "test_rustdesk_server.py"):
         shutil.copy(os.path.join(HERE, source), folder)
     shutil.copy(SERVER_FILE, os.path.join(folder, "rustdesk_server.py"))
     assert passes([*python, "test_rustdesk_server.py", "-q"], folder) > 1000
