@@ -13957,7 +13957,8 @@ def test_initiator_inside_the_lan_is_told_the_servers_local_address():
 # that is not here is made from Debian's packages, once, in .venv/systems.
 
 #: A part of the tests that goes through every room of the server, as pytest's -k.
-SESSIONS = "meet or relay or nat_test or online_query or forms_of_the_key or survive"
+SESSIONS = ("meet or relay or regist or key or store or nat_test or online or survive "
+            "or sigkill or stops_cleanly")
 
 #: The Debian release that has a Python.
 RELEASES = {"python3.9": "bullseye", "python3.11": "bookworm",
@@ -14310,15 +14311,21 @@ def python_command(name):
 
 
 def passes(command, folder, **environment):
-    """Run tests to their end, which must be a good one; returns what they said."""
+    """Run tests to their end, which must be a good one; returns how many passed."""
     signal.alarm(3600)  # they have an alarm for each test
     kept = {name: value for name, value in os.environ.items()
             if not name.startswith("RUSTDESK_")}
-    ended = subprocess.run(
-        command, cwd=folder, env={**kept, **environment}, text=True,
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    assert ended.returncode == 0, ended.stdout[-8000:]
-    return int(re.search(r"(\d+) passed", ended.stdout).group(1))
+    with subprocess.Popen(
+            command, cwd=folder, env={**kept, **environment}, text=True,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, start_new_session=True) as process:
+        try:
+            said = process.communicate()[0]
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, said[-8000:]
+    return int(re.search(r"(\d+) passed", said).group(1))
 
 
 @slow
