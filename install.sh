@@ -2,10 +2,11 @@
 # install.sh: installs, upgrades, moves in and removes rustdesk_server.py.
 # Copyright (c) 2026 the authors of rustdesk_server.py; MIT, see the head of that file.
 #
-# Every line below belongs to a function, and the last line calls main: a copy that was
-# cut short does nothing.  Python does what sh cannot do everywhere (python_part).  The
-# state directory belongs to the service's user, so whatever is read or written in it is
-# read and written as that user.
+# Every line belongs to a function and the last one calls main: a copy that was cut
+# short does nothing.  Read `do_install` first; a service manager is one `on_...`.
+# The state directory belongs to the service's user, so what is written in it is
+# written as that user.  Files are written beside their place and then moved there: a
+# run that is killed leaves each old or new, and a mark by which the next one knows.
 set -eu
 
 usage() {
@@ -50,15 +51,17 @@ fail() {
     exit 1
 }
 
-note() { # TEXT: say what is changed, and count it
-    say "$1"
-    CHANGES=$((CHANGES + 1))
-}
+refuse() { fail "nothing was done: $*"; }
 
 have() { command -v "$1" >/dev/null 2>&1; }
 
+note() { # TEXT: say what is changed, and count it
+    say "${DRY:+would }$1"
+    CHANGES=$((CHANGES + 1))
+}
+
 run() { # COMMAND...: say it, then do it
-    note "${DRY:+would }run: $*"
+    note "run: $*"
     [ "$DRY" ] || "$@"
 }
 
@@ -66,8 +69,8 @@ put() { # FILE MODE TEXT: write a file, if it differs
     if [ -f "$1" ] && printf '%s\n' "$3" | cmp -s - "$1"; then
         return 0
     fi
-    note "${DRY:+would }write: $1"
-    SERVICE_CHANGED=1 UNIT_CHANGED=1
+    note "write: $1"
+    RESTART=1 UNIT_CHANGED=1
     [ ! "$DRY" ] || return 0
     mkdir -p "$(dirname "$1")"
     printf '%s\n' "$3" >"$1.new"
@@ -76,344 +79,171 @@ put() { # FILE MODE TEXT: write a file, if it differs
 }
 
 link() { # TARGET LINK: a symbolic link, if it is not there
-    if [ "$(readlink "$2" || true)" != "$1" ]; then
-        run mkdir -p "$(dirname "$2")"
-        run ln -sf "$1" "$2"
-    fi
+    [ "$(readlink "$2" || true)" != "$1" ] || return 0
+    [ -d "$(dirname "$2")" ] || run mkdir -p "$(dirname "$2")"
+    run ln -sf "$1" "$2"
 }
 
 take_away() { # FILE...: remove what is there
     for file in "$@"; do
-        if [ -e "$file" ] || [ -L "$file" ]; then
-            run rm -f "$file"
-        fi
+        if [ -e "$file" ] || [ -L "$file" ]; then run rm -f "$file"; fi
     done
 }
 
 ask() { # QUESTION: the answer in ANSWER; from the terminal when stdin is the script
     ANSWER=
     printf '%s ' "$1"
-    if [ "$PIPED" ]; then
-        { read -r ANSWER </dev/tty; } 2>/dev/null || true
-    else
+    if [ "$HERE" ]; then
         read -r ANSWER || true
+    else
+        { read -r ANSWER </dev/tty; } 2>/dev/null || true
     fi
-}
-
-# shellcheck disable=SC2317,SC2329  # called by a trap
-on_exit() {
-    status=$?
-    trap - EXIT HUP INT TERM
-    if [ "$status" -ne 0 ] && [ ! "$SAID_WHY" ]; then
-        warn "stopped by what is said above, before it was finished: what is listed" \
-            "was done, the rest was not. Mend it and run this again"
-    fi
-    case $CANDIDATE in *.new) rm -f "$CANDIDATE" ;; esac
-    if [ "$UNPROVEN" ]; then
-        warn "program, settings and service as they were before are started again"
-        roll_back || true
-    fi
-    if [ "$status" -ne 0 ] && [ "$STOPPED_UNITS" ]; then
-        warn "starting the official server again: $STOPPED_UNITS"
-        # shellcheck disable=SC2086
-        systemctl enable --now $STOPPED_UNITS || true
-    fi
-    [ ! "$TEMPORARY" ] || rm -rf "$TEMPORARY"
-    exit "$status"
 }
 
 make_temporary() {
     [ "$TEMPORARY" ] || TEMPORARY=$(mktemp -d "${TMPDIR:-/tmp}/rustdesk-install.XXXXXX")
 }
 
-# -- the part in Python ---------------------------------------------------------------
+# shellcheck disable=SC2317,SC2329  # called by a trap
+on_exit() {
+    status=$?
+    trap - EXIT HUP INT TERM
+    if [ "$status" -ne 0 ]; then
+        [ "$SAID_WHY" ] || warn "stopped by what is said above: mend it, run this again"
+        [ ! "$UNDO" ] || roll_back
+        # shellcheck disable=SC2086
+        [ ! "$STOPPED_UNITS" ] || systemctl enable --now $STOPPED_UNITS ||
+            warn "the official server does not start again: $STOPPED_UNITS"
+    fi
+    [ ! "$MARK" ] || rm -f "$MARK" "$PROGRAM.new"
+    [ ! "$TEMPORARY" ] || rm -rf "$TEMPORARY"
+    exit "$status"
+}
+
+# -- what sh cannot do everywhere -----------------------------------------------------
 
 python_part() {
     cat <<'EOF'
-import hashlib, os, re, signal, socket, sys, time
+import os, re, socket, sys
 
-def find_user(root, name):
-    """(uid, gid) of a user of the system, or of the one in a root directory."""
-    if os.path.exists(root + "/etc/passwd"):
-        with open(root + "/etc/passwd") as file:
-            for row in (line.split(":") for line in file):
-                if row[0] == name:
-                    return int(row[2]), int(row[3])
-
-def become(name, directory):
-    """Be that user from here on, in the state directory; nothing to do if not root."""
-    if name and os.getuid() == 0:
-        uid, gid = find_user("", name)
+def run_as(owner, directory, *command):
+    """Run a command as UID:GID (or as it is), there, knowing nothing of here."""
+    if owner:
+        uid, gid = map(int, owner.split(":"))
         os.setgroups([])
         os.setgid(gid)
         os.setuid(uid)
     os.umask(0o077)
     os.chdir(directory)
-    kept = {k: v for k, v in os.environ.items() if k in ("PATH", "LANG", "TMPDIR")}
-    os.environ.clear()
-    os.environ.update(kept, HOME=directory)
+    os.execve(command[0], command, {"PATH": os.environ["PATH"], "HOME": directory})
 
-def canonical(line):
-    return re.split("[=:]", line)[0].strip().lower().replace("-", "_")
+def start_as(*arguments):
+    """The same, without a service manager: it outlives this terminal."""
+    os.setsid()
+    run_as(*arguments)
 
-def read_settings():
-    try:
-        with open(".env", encoding="utf-8-sig") as file:
-            return file.read().splitlines()
-    except FileNotFoundError:
-        return []
-
-def changed_settings(lines, wanted):
-    """The lines with the wanted `name = value` in place."""
-    lines = list(lines)
-    end = next((i for i, line in enumerate(lines) if line.startswith("[")), len(lines))
-    for item in filter(None, wanted.split("\n")):
-        name, value = item.split("=", 1)
-        row = name.strip() + " = " + value.strip()
-        same = [i for i in range(end) if canonical(lines[i]) == canonical(row)
-                and lines[i].strip()[:1] not in ("#", ";", "")]
-        if same:
-            lines[same[-1]] = row
-        else:
-            lines.insert(end, row)
-            end += 1
-    return lines
-
-def cmd_version(path):
-    """The version of a file that is whole Python, without running it."""
+def whole(path):
+    """The version of a file that is all of rustdesk_server.py, without running it."""
     with open(path, encoding="utf-8") as file:
         text = file.read()
-    found = re.search(r"(?m)^VERSION = [\"\x27]([\w.+~-]+)[\"\x27]", text)
-    if not found or not re.search(r"(?m)^if __name__ == .__main__.:\n.*\n*\Z", text):
+    version = re.search(r"(?m)^VERSION = \"([\w.+~-]+)\"", text)
+    if not version or "\nif __name__ == " not in text:
         sys.exit("it is not a whole rustdesk_server.py")
     try:
         compile(text, path, "exec")
     except SyntaxError as error:
         sys.exit("it is not a whole rustdesk_server.py: %s" % error)
-    print(found.group(1))
+    print(version.group(1))
 
-def cmd_sha256(path):
-    with open(path, "rb") as file:
-        print(hashlib.sha256(file.read()).hexdigest())
+def name_of(line):
+    return re.split("[=:]", line)[0].strip().lower().replace("-", "_")
 
-def cmd_user(root, name):
-    print(*find_user(root, name) or ())
+def put_settings(path, wanted, dry):
+    """Put lines `name=value` before the first [section]; print which names differ."""
+    lines, differ = [], []
+    if os.path.exists(path):
+        with open(path, encoding="utf-8-sig") as file:
+            lines = file.read().splitlines()
+    end = next((i for i, line in enumerate(lines) if line.startswith("[")), len(lines))
+    head = lines[:end]
+    for name, value in (item.split("=", 1) for item in wanted.split("\n")[:-1]):
+        row = name + " = " + value.strip()
+        same = [line for line in head if name_of(line) == name_of(row)]
+        if same[-1:] != [row]:
+            head = [line for line in head if line not in same] + [row]
+            differ.append(name)
+    print(*differ)
+    for name, rows in (path + ".previous", lines), (path, head + lines[end:]):
+        if differ and not dry:
+            with open(path + ".new", "w", encoding="utf-8") as file:
+                file.write("".join(row + "\n" for row in rows))
+            os.replace(path + ".new", name)
 
-def cmd_add_user(root, name, home):
-    """Add a user where no program does it (OpenWrt): number, no password, no shell."""
-    taken = set()
-    for table in "passwd", "group":
-        with open(root + "/etc/" + table) as file:
-            taken |= {line.split(":")[2] for line in file if line.count(":") > 1}
-    number = next(n for n in range(980, 300, -1) if str(n) not in taken)
-    rows = {"passwd": "%s:x:%d:%d::%s:/bin/false" % (name, number, number, home),
-            "group": "%s:x:%d:" % (name, number), "shadow": name + ":*:0:0:99999:7:::"}
-    for table, row in rows.items():
-        if os.path.exists(root + "/etc/" + table):
-            with open(root + "/etc/" + table, "a") as file:
-                file.write(row + "\n")
-
-def cmd_state(root, directory, name, dry):
-    """Make the directory, 0700, and give it and its files to the user."""
-    owner = find_user(root, name) if os.getuid() == 0 else None
-    path = root + directory
-    verb = "would " if dry else ""
-    if not os.path.isdir(path):
-        print(verb + "make directory: " + path + " (0700, " + name + ")")
-        if dry:
-            return
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        os.mkdir(path, 0o700)
-    if os.stat(path).st_mode & 0o777 != 0o700:
-        print(verb + "set mode 0700: " + path)
-        dry or os.chmod(path, 0o700)
-    for entry in [path] + sorted(os.path.join(path, n) for n in os.listdir(path)):
-        if owner and os.lstat(entry).st_uid != owner[0]:
-            print(verb + "give to " + name + ": " + entry)
-            dry or os.chown(entry, *owner, follow_symlinks=False)
-
-def cmd_set(name, directory, wanted, dry):
-    """Put settings into .env; the old file stays as .env.previous."""
-    there = os.path.isdir(directory)
-    if there:
-        os.chdir(directory) if dry else become(name, directory)
-    old = read_settings() if there else []
-    new = changed_settings(old, wanted)
-    for row in new:
-        if row not in old:
-            print(("would set " if dry else "set ") + row.split(" = ")[0] + " in "
-                  + directory + "/.env")
-    if new == old or dry:
-        return
-    if old:
-        os.replace(".env", ".env.previous")
-    with open(".env.new", "w", encoding="utf-8") as file:
-        file.write("\n".join(new) + "\n")
-    os.replace(".env.new", ".env")
-
-def cmd_unset(name, directory):
-    """Take back what cmd_set did."""
-    become(name, directory)
-    if os.path.exists(".env.previous"):
-        os.replace(".env.previous", ".env")
-    else:
-        os.remove(".env")
-
-def cmd_ports(directory, wanted):
-    """Port, address for health, all TCP ports, and `low` if one needs a right."""
-    found, lines = {}, []
-    if os.path.isdir(directory):
-        os.chdir(directory)
-        lines = read_settings()
-    for line in changed_settings(lines, wanted):
-        if line.startswith("["):
-            break
-        if "=" in line and line.strip()[0] not in "#;":
-            found[canonical(line)] = line.split("=", 1)[1].strip().strip("\"\x27")
-    port = found.get("port", "")
-    port = int(port) if port.isdigit() and int(port) else 21116
-    extra = [int(n) for n in re.findall(r"(?:^|[:,])\s*(\d+)\s*(?=,|$)",
-                                        found.get("listen", ""))]
-    api = found.get("api_port", "")
-    low = min([port - 2] + extra + [int(api) for _ in api[:1] if api.isdigit()]) < 1024
-    tcp = ["%d-%d" % (port - 2, port + 3)] + ["%d" % n for n in extra]
-    print(port, found.get("bind") or "127.0.0.1", ",".join(tcp), "low" if low else "")
-
-def is_healthy(host, port):
-    """Whether GET /healthz is answered with 200."""
-    try:
-        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as link:
-            link.settimeout(2)
-            link.connect((host.strip("[]").encode(), int(port)))
-            link.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
-            return b" 200 " in link.recv(64)
-    except OSError:
-        return False
-
-def is_alive(pid):
-    try:
-        with open("/proc/%d/stat" % pid) as file:
-            return file.read().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-def cmd_healthy(host, port, seconds, watched):
-    """Healthy twice in a row, a second apart (a crash loop is healthy now and then).
-
-    No need to wait for a process whose number is in the watched file and that ended.
-    """
-    end = time.monotonic() + float(seconds)
-    row = 0
-    while row < 2:
-        row = row + 1 if is_healthy(host, port) else 0
-        if float(seconds) == 0 or time.monotonic() > end:
-            break
-        if os.path.exists(watched) and not is_alive(int(open(watched).read())):
-            sys.exit(1)
-        row == 2 or time.sleep(1 if row else 0.25)
-    sys.exit(row == 0)
-
-def cmd_taken(host, port):
-    """Whether somebody listens there."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as link:
+def probe(address, port):
+    """Whether /healthz is answered there: `healthy`, `taken` or `free`."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family) as link:
         link.settimeout(2)
-        sys.exit(link.connect_ex((host.strip("[]").encode(), int(port))) != 0)
+        if link.connect_ex((address.strip("[]").encode(), int(port))):
+            return print("free")
+        try:
+            link.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            print("healthy" if b" 200 " in link.recv(64) else "taken")
+        except OSError:
+            print("taken")
 
-def cmd_as(name, directory, *command):
-    become(name, directory)
-    os.execv(command[0], command)
-
-def cmd_spawn(name, directory, *command):
-    """Start a server that no service manager looks after; its number in server.pid."""
-    reading, writing = os.pipe()
-    if os.fork():
-        os.close(writing)
-        os.read(reading, 1)  # ends when the server has been started, or could not be
-        return
-    os.setsid()
-    become(name, directory)
-    with open("server.pid", "w") as file:
-        file.write("%d\n" % os.getpid())
-    null = os.open(os.devnull, os.O_RDWR)
-    said = os.open("start.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    for number, file in enumerate((null, null, said)):
-        os.dup2(file, number)
-    os.execv(command[0], command)
-
-def cmd_stop(name, directory, program):
-    """Stop the server of server.pid, if it is one."""
-    become(name, directory)
-    try:
-        with open("server.pid") as file:
-            pid = int(file.read())
-        with open("/proc/%d/cmdline" % pid) as file:
-            ours = program in file.read().split("\0")
-        for number, tries in (signal.SIGTERM, 150), (signal.SIGKILL, 20):
-            while ours and is_alive(pid) and tries:
-                tries % 150 and tries != 20 or os.kill(pid, number)
-                tries -= 1
-                time.sleep(0.1)
-        os.remove("server.pid")
-    except (OSError, ValueError):
-        pass  # it has ended, or there was none
-
-globals()["cmd_" + sys.argv[1]](*sys.argv[2:])
+globals()[sys.argv[1]](*sys.argv[2:])
 EOF
 }
 
-helper() { # VERB ARGUMENT...: a function of the Python part
+helper() { # FUNCTION ARGUMENT...: one of the Python part
     "$PYTHON" -I -c "$PYTHON_PART" "$@"
 }
 
-as_user() { # COMMAND...: in the state directory, as the service's user
-    helper as "$RUN_USER" "$STATE" "$@"
-}
-
-# -- what is here ---------------------------------------------------------------------
-
-set_defaults() {
-    NAME=rustdesk-server FILE=rustdesk_server.py
-    ACTION=install FROM='' SHA256='' SETS='' DRY='' IMPORT='' IMPORTING=1 REPLACE=''
-    OPEN_FIREWALL='' PYNACL=1 KIND='' GIVEN_PYTHON='' ROOT=''
-    PREFIX='' STATE='' SERVICE_USER=''
-    CHANGES=0 SERVICE_CHANGED='' TEMPORARY='' UNPROVEN='' STOPPED_UNITS='' PIPED=1
-    CANDIDATE='' SAID_WHY=''
-    SETTINGS_CHANGED='' UNIT_CHANGED='' OLD_SERVICE='' SWAPPED=''
-    OFFICIAL_KILLED='' NOT_STARTED=''
-    PYTHON='' PYTHON_PART=$(python_part)
-    HERE=''
-    if [ -f "$0" ] && grep -q '^python_part() {' "$0"; then
-        PIPED='' HERE=$(cd "$(dirname "$0")" && pwd)
+ids() { # uid:gid of the service's user, if there is one
+    if [ "$ROOT" ]; then
+        sed -n "s/^$SERVICE_USER:[^:]*:\([0-9]*:[0-9]*\):.*/\1/p" "$ROOT/etc/passwd"
+    elif id "$SERVICE_USER" >/dev/null 2>&1; then
+        say "$(id -u "$SERVICE_USER"):$(id -g "$SERVICE_USER")"
     fi
 }
+
+as_user() { # COMMAND...: in the state directory, as the service's user
+    helper run_as "${AS_ROOT:+$(ids)}" "$HOME_DIR" "$@"
+}
+
+within() { # SECONDS COMMAND...: whether it succeeds by then
+    end=$(($(date +%s) + $1))
+    shift
+    until "$@"; do
+        [ "$(date +%s)" -lt "$end" ] || return 1
+        sleep 1
+    done
+}
+
+# -- what is asked and what is here ---------------------------------------------------
 
 parse_options() {
     while [ $# -gt 0 ]; do
         case $1 in
-        --from | --sha256 | --set | --import | --service | --python | --user | \
-            --prefix | --state | --root | --package)
-            [ $# -gt 1 ] || fail "$1 needs a value; nothing was done (see --help)"
-            take_option "$1" "$2"
-            shift
-            ;;
         --dry-run) DRY=1 ;;
         --upgrade | --uninstall | --purge) ACTION=${1#--} ;;
         --no-import) IMPORTING='' ;;
         --replace-official) REPLACE=1 ;;
         --open-firewall) OPEN_FIREWALL=1 ;;
         --without-pynacl) PYNACL='' ;;
-        -h | --help)
-            usage
-            exit 0
+        -h | --help) usage && exit 0 ;;
+        *)
+            [ $# -gt 1 ] || refuse "$1 is no option, or needs a value (see --help)"
+            take_option "$1" "$2"
+            shift
             ;;
-        *) fail "there is no option $1; nothing was done (--help lists them)" ;;
         esac
         shift
     done
+    [ ! "$IMPORT" ] || [ -d "$IMPORT" ] || refuse "there is no directory $IMPORT"
     case $PREFIX$STATE$ROOT$SERVICE_USER$GIVEN_PYTHON in
-    *[!A-Za-z0-9._/+-]*)
-        fail "paths and names may hold letters, digits and ._/+- only; nothing was done"
-        ;;
+    *[!A-Za-z0-9._/+-]*) refuse "paths and names may hold letters, digits and ._/+-" ;;
     esac
 }
 
@@ -421,82 +251,81 @@ take_option() { # OPTION VALUE
     case $1 in
     --from) FROM=$2 ;;
     --sha256) SHA256=$2 ;;
-    --import) IMPORT=$(cd "$(dirname "$2")" && pwd)/$(basename "$2") ||
-        fail "there is no $2; nothing was done" ;;
+    --set) add_setting "$2" ;;
+    --import) IMPORT=$(absolute "$2") ;;
     --service) KIND=$2 ;;
     --python) GIVEN_PYTHON=$2 ;;
     --user) SERVICE_USER=$2 ;;
     --prefix) PREFIX=$(absolute "$2") ;;
     --state) STATE=$(absolute "$2") ;;
     --root) ROOT=$(absolute "$2") ;;
-    --package)
-        [ "$2" = deb ] || fail "--package knows deb only; nothing was done"
-        ACTION=package
-        ;;
-    --set)
-        case ${2%%=*} in
-        "$2" | '' | *[!A-Za-z0-9_-]*) fail "--set wants name=value; nothing was done" ;;
-        esac
-        [ "$(say "$2" | wc -l)" -eq 1 ] || fail "--set wants one line; nothing was done"
-        SETS="$SETS$2
-"
-        ;;
+    --package) ACTION=package PACKAGE=$2 ;;
+    *) refuse "there is no option $1 (--help lists them)" ;;
     esac
+}
+
+add_setting() { # NAME=VALUE
+    case $1 in *"$NEWLINE"*) refuse "--set wants one line" ;; *=*) ;; *) set -- '' ;; esac
+    case ${1%%=*} in '' | *[!A-Za-z0-9_-]*) refuse "--set wants name=value" ;; esac
+    SETS=$SETS$1$NEWLINE
+}
+
+is_number() { # TEXT
+    case $1 in '' | *[!0-9]*) return 1 ;; esac
 }
 
 absolute() { # PATH
     case $1 in
-    /*) printf '%s\n' "${1%/}" ;;
-    *) printf '%s\n' "$PWD/${1%/}" ;;
+    /*) say "${1%/}" ;;
+    *) say "$PWD/${1%/}" ;;
     esac
 }
 
-find_service_kind() {
-    if [ ! "$KIND" ]; then
-        if [ -d /run/systemd/system ] && [ ! "$ROOT" ]; then
-            KIND=systemd
-        elif [ -x "$ROOT/sbin/procd" ]; then
-            KIND=procd
-        elif [ -x "$ROOT/sbin/openrc-run" ]; then
-            KIND=openrc
-        elif [ "$ROOT" ] && [ -e "$ROOT/usr/lib/systemd/systemd" ]; then
-            KIND=systemd
-        elif [ "$ROOT" ]; then
-            fail "nothing was done: name the service manager with --service"
-        else
-            KIND=cron
+find_service_kind() { # KIND; LIVE if what is installed is to run here and now
+    if [ "$(id -u)" -ne 0 ] && [ ! "$ROOT$DRY" ]; then
+        if [ ! "$PREFIX" ] || [ ! "$STATE" ]; then
+            refuse "run it as root or, for you alone, with --prefix and --state"
         fi
+        KIND=cron SERVICE_USER=$(id -un)
     fi
-    LIVE=1
-    [ ! "$ROOT$DRY" ] || LIVE=''
+    if [ ! "$KIND" ]; then
+        if [ -d /run/systemd/system ] && [ ! "$ROOT" ]; then KIND=systemd
+        elif [ -x "$ROOT/sbin/procd" ]; then KIND=procd
+        elif [ -x "$ROOT/sbin/openrc-run" ]; then KIND=openrc
+        elif [ ! "$ROOT" ]; then KIND=cron
+        else refuse "name the service manager with --service"; fi
+    fi
+    [ "$ROOT$DRY" ] || LIVE=1
     case $KIND in
     systemd)
         SERVICE_FILE=$ROOT/etc/systemd/system/$NAME.service
         [ -d /run/systemd/system ] || LIVE=''
         ;;
     openrc | procd) SERVICE_FILE=$ROOT/etc/init.d/$NAME ;;
-    cron) SERVICE_FILE='' ;;
-    *) fail "--service knows systemd, openrc, procd and cron; nothing was done" ;;
+    cron) ;;
+    *) refuse "--service knows systemd, openrc, procd and cron" ;;
     esac
 }
 
 find_places() { # what was given, else what an earlier run wrote down, else defaults
     : "${SERVICE_USER:=$(recorded user)}"
     : "${SERVICE_USER:=$NAME}"
-    : "${PREFIX:=$(recorded prefix)}"
-    : "${STATE:=$(recorded state)}"
-    if [ "$KIND" = procd ]; then
-        : "${PREFIX:=/usr}" "${STATE:=/etc/$NAME}"
-    fi
+    : "${PREFIX:=$(recorded prefix)}" "${STATE:=$(recorded state)}"
+    [ "$KIND" != procd ] || : "${PREFIX:=/usr}" "${STATE:=/etc/$NAME}"
     : "${PREFIX:=/usr/local}" "${STATE:=/var/lib/$NAME}"
     case $STATE in
     /*/*) ;;
-    *) fail "$STATE is no place for a state directory; nothing was done" ;;
+    *) refuse "$STATE is no place for a state directory" ;;
     esac
-    WAS_INSTALLED=$(recorded user)
-    PROGRAM=$PREFIX/bin/$FILE HOME_DIR=$ROOT$STATE RUN_USER=$SERVICE_USER
-    [ ! "$ROOT" ] || RUN_USER=''
-    [ "$KIND" != cron ] || [ ! -f "$PROGRAM" ] || WAS_INSTALLED=1
+    PROGRAM=$PREFIX/bin/$FILE HOME_DIR=$ROOT$STATE
+    [ ! "$(recorded user)" ] && { [ "$KIND" != cron ] || [ ! -f "$PROGRAM" ]; } ||
+        WAS_INSTALLED=1
+    [ "$ROOT" ] || [ "$(id -u)" -ne 0 ] || AS_ROOT=1
+    if [ ! "$ROOT" ] && have dpkg-query &&
+        dpkg-query -W -f '${Status}' $NAME 2>/dev/null | grep -q ' installed$'; then
+        refuse "it is a Debian package here: upgrade it with 'install.sh --package" \
+            "deb' and 'dpkg -i', remove it with 'dpkg -r $NAME'"
+    fi
 }
 
 recorded() { # NAME: its value in the record of the service that is installed
@@ -507,97 +336,75 @@ recorded() { # NAME: its value in the record of the service that is installed
     fi | sed -n "s|.*# by install.sh:.* $1=\([^ ]*\).*|\1|p"
 }
 
-record() {
-    printf '# by install.sh: prefix=%s state=%s user=%s\n' \
-        "$PREFIX" "$STATE" "$SERVICE_USER"
-}
+record() { say "# by install.sh: prefix=$PREFIX state=$STATE user=$SERVICE_USER"; }
 
-crontab_of() { # ARGUMENT...: crontab, for the service's user
-    if [ "${SERVICE_USER:=$NAME}" = "$(id -un)" ]; then
-        crontab "$@"
-    else
-        crontab -u "$SERVICE_USER" "$@"
-    fi
-}
-
-find_rights() {
-    if [ "$(id -u)" -ne 0 ] && [ ! "$ROOT$DRY" ]; then
-        if [ ! "$PREFIX" ] || [ ! "$STATE" ]; then
-            fail "nothing was done: run it as root (sudo sh install.sh ...), or, to" \
-                "install for yourself alone, give --prefix and --state (and the same" \
-                "again to upgrade or remove)"
-        fi
-        KIND=cron SERVICE_USER=$(id -un)
-    fi
-    if [ ! "$ROOT" ] && have dpkg-query && [ "$ACTION" != package ] &&
-        dpkg-query -W -f '${Status}' "$NAME" 2>/dev/null | grep -q ' installed$'; then
-        fail "nothing was done: it is installed as a Debian package here. Upgrade it" \
-            "with 'install.sh --package deb' and 'dpkg -i', remove it with" \
-            "'dpkg -r $NAME'"
-    fi
-}
-
-is_new_enough() { # PYTHON
-    "$1" -I -c 'import sys; sys.exit(sys.version_info < (3, 9))' 2>/dev/null
-}
-
-find_python() { # one that runs here (PYTHON), and its path for the service
+find_python() { # PYTHON, which runs here, and SERVICE_PYTHON, its path there
     for PYTHON in ${GIVEN_PYTHON:-/usr/bin/python3 /usr/local/bin/python3 python3.13 \
-        python3.12 python3.11 python3.10 python3.9 python3 pypy3} ''; do
-        [ "$PYTHON" ] || break
+        python3.12 python3.11 python3.10 python3.9 python3 pypy3}; do
         PYTHON=$(command -v "$PYTHON") || continue
-        if is_new_enough "$PYTHON" && reaches "$PYTHON"; then
-            SERVICE_PYTHON=$PYTHON
-            [ ! "$ROOT" ] || [ "$GIVEN_PYTHON" ] || SERVICE_PYTHON=/usr/bin/python3
-            return
-        fi
+        path=$("$PYTHON" -I -c 'import sys; assert sys.version_info >= (3, 9)
+print(sys.executable)' 2>/dev/null) || continue
+        case $path-$AS_ROOT-$GIVEN_PYTHON in # a service's user cannot run those
+        /root/*-1- | /home/*-1-) continue ;;
+        esac
+        SERVICE_PYTHON=$PYTHON
+        [ ! "$ROOT" ] || [ "$GIVEN_PYTHON" ] || SERVICE_PYTHON=/usr/bin/python3
+        return 0
     done
-    fail "nothing was done: it needs Python 3.9 or later. $(python_command)"
-}
-
-reaches() { # PYTHON: a service's user cannot run what lies in somebody's home
-    case $("$1" -I -c 'import sys; print(sys.executable)') in
-    /root/* | /home/*) [ "$(id -u)" -ne 0 ] || [ "$GIVEN_PYTHON" ] || [ "$ROOT" ] ;;
-    esac
-}
-
-find_packager() {
-    for PACKAGER in apt-get dnf apk opkg pacman zypper ''; do
-        ! have "${PACKAGER:-true}" || return 0
-    done
-}
-
-python_command() {
     find_packager
-    newer=''
-    if have python3; then newer=.11; fi # there is one, and it is too old
-    case $PACKAGER in
-    apt-get) command='apt-get install -y python3' ;;
-    dnf) command="dnf install -y python3$newer" ;;
-    apk) command='apk add python3' ;;
-    opkg) command='opkg update && opkg install python3-light' ;;
-    pacman) command='pacman -S --noconfirm python' ;;
-    zypper) command="zypper install -y python3${newer#.}" ;;
-    *) command='(the means of your system)' ;;
-    esac
-    say "This installs it: $command"
+    refuse "it needs Python 3.9 or later. This installs it: $ADD $PY"
 }
 
-# -- the file to install --------------------------------------------------------------
+find_packager() { # ADD and the names of two packages
+    for packager in apt-get dnf apk opkg pacman zypper ''; do
+        ! have "${packager:-true}" || break
+    done
+    old='' # there is a Python, and it is too old
+    ! have python3 || old=1
+    PY=python3 NACL=python3-nacl
+    case $packager in
+    apt-get) ADD='apt-get install -y' ;;
+    dnf) ADD='dnf install -y' PY=python3${old:+.11} NACL=python3-pynacl ;;
+    apk) ADD='apk add' NACL=py3-pynacl ;;
+    opkg) ADD='opkg install' PY=python3-light NACL='' ;;
+    pacman) ADD='pacman -S --noconfirm' PY=python NACL=python-pynacl ;;
+    zypper) ADD='zypper install -y' PY=python3${old:+11} NACL=python3-PyNaCl ;;
+    *) ADD='(the means of your system)' NACL='' ;;
+    esac
+}
+
+settings() { # NAME: each value of it, of .env and then of --set
+    {
+        [ ! -f "$HOME_DIR/.env" ] || sed '/^\[/,$d' "$HOME_DIR/.env"
+        printf '%s' "$SETS"
+    } | tr 'A-Z-' 'a-z_' | sed -n "s/^ *$1 *[=:] *//p" | tr -d " \"'\r"
+}
+
+read_ports() { # PORT, ADDRESS for health, TCP_PORTS, and LOW if one needs a right
+    PORT=$(settings port | tail -n 1) ADDRESS=$(settings bind | tail -n 1)
+    is_number "$PORT" && [ "$PORT" -gt 0 ] || PORT=21116
+    : "${ADDRESS:=127.0.0.1}"
+    TCP_PORTS=$((PORT - 2))-$((PORT + 3)) LOW=''
+    for entry in $(settings listen | tail -n 1 | tr , ' '); do
+        ! is_number "${entry##*:}" || [ "${entry##*:}" -eq 0 ] ||
+            TCP_PORTS="$TCP_PORTS ${entry##*:}"
+    done
+    for port in $TCP_PORTS $(settings api_port | tail -n 1); do
+        ! is_number "${port%-*}" || [ "${port%-*}" -ge 1024 ] || LOW=1
+    done
+}
 
 get_source() { # SOURCE: a whole rustdesk_server.py, and NEW_VERSION, what it says it is
     case $FROM in
-    http://*) [ "$SHA256" ] || fail "nothing was done: http:// needs --sha256" ;;
-    esac
-    case $FROM in
     http://* | https://*)
+        case $SHA256$FROM in http:*) refuse "http:// needs --sha256" ;; esac
         make_temporary
         SOURCE=$TEMPORARY/$FILE
         say "fetch: $FROM"
-        fetch "$FROM" "$SOURCE" || fail "nothing was done: cannot fetch $FROM"
+        fetch "$FROM" "$SOURCE" || refuse "cannot fetch $FROM"
         ;;
     '')
-        [ "$HERE" ] || fail "nothing was done: say where $FILE is, with --from URL|PATH"
+        [ "$HERE" ] || refuse "say where $FILE is, with --from URL|PATH"
         SOURCE=$HERE/$FILE
         ;;
     *)
@@ -605,29 +412,19 @@ get_source() { # SOURCE: a whole rustdesk_server.py, and NEW_VERSION, what it sa
         [ ! -d "$SOURCE" ] || SOURCE=$SOURCE/$FILE
         ;;
     esac
-    [ -f "$SOURCE" ] || fail "nothing was done: there is no $SOURCE (see --from)"
-    if [ "$SHA256" ] && [ "$(helper sha256 "$SOURCE")" != "$SHA256" ]; then
-        fail "nothing was done: $SOURCE does not have the checksum of --sha256"
-    fi
-    NEW_VERSION=$(helper version "$SOURCE") ||
-        fail "nothing was done: $SOURCE is broken"
+    [ -f "$SOURCE" ] || refuse "there is no $SOURCE (see --from)"
+    [ ! "$SHA256" ] || say "$SHA256  $SOURCE" | sha256sum -c >/dev/null 2>&1 ||
+        refuse "$SOURCE does not have the checksum of --sha256"
+    NEW_VERSION=$(helper whole "$SOURCE") || refuse "$SOURCE is broken"
 }
 
 fetch() { # URL FILE
-    if have curl; then
-        curl -fsSL --retry 2 -o "$2" "$1"
-    elif have wget; then
-        wget -q -O "$2" "$1"
-    else
-        "$PYTHON" -c 'import sys, urllib.request as r; r.urlretrieve(*sys.argv[1:])' \
-            "$1" "$2"
-    fi
+    if have curl; then curl -fsSL --retry 2 -o "$2" "$1"; else wget -q -O "$2" "$1"; fi
 }
 
 # -- the official server --------------------------------------------------------------
 
-find_official() { # its processes, units and data directories, in three lists
-    OFFICIAL_PIDS='' OFFICIAL_UNITS='' OFFICIAL_DIR=''
+find_official() { # its processes, its units, and the first of its data directories
     [ ! "$ROOT" ] || return 0
     places=''
     for entry in /proc/[0-9]*; do
@@ -641,64 +438,51 @@ find_official() { # its processes, units and data directories, in three lists
         esac
     done
     for entry in /etc/systemd/system/*.service /usr/lib/systemd/system/*.service; do
-        if grep -q '^ExecStart=.*hbb[sr]' "$entry" 2>/dev/null &&
-            ! grep -q "$FILE" "$entry"; then
-            OFFICIAL_UNITS="$OFFICIAL_UNITS $(basename "$entry")"
+        if grep '^ExecStart=.*hbb[sr]' "$entry" 2>/dev/null | grep -qv "$FILE"; then
+            OFFICIAL_UNITS="$OFFICIAL_UNITS ${entry##*/}"
             places="$places $(sed -n 's/^WorkingDirectory=//p' "$entry")"
         fi
     done
     for entry in $places /var/lib/* /opt/* /opt/*/* /srv/* /root /root/* /home/* \
         /home/*/*; do
-        if [ ! "$OFFICIAL_DIR" ] && [ -f "$entry/id_ed25519" ] &&
-            [ -f "$entry/db_v2.sqlite3" ]; then
+        if [ -f "$entry/id_ed25519" ] && [ -f "$entry/db_v2.sqlite3" ]; then
             OFFICIAL_DIR=${entry%/}
+            return 0
         fi
     done
 }
 
 choose_import() { # IMPORT: the directory to take over, or nothing
-    if [ "$IMPORT" ] && [ ! -e "$IMPORT" ]; then
-        fail "nothing was done: there is no $IMPORT to import"
-    fi
     if [ "$IMPORT" ] || [ ! "$OFFICIAL_DIR" ] || [ ! "$IMPORTING" ]; then
         return 0
-    fi
-    if [ -e "$HOME_DIR/peers.jsonl" ] || [ -e "$HOME_DIR/id_ed25519" ]; then
-        if [ "$REPLACE" ] &&
-            cmp -s "$OFFICIAL_DIR/id_ed25519" "$HOME_DIR/id_ed25519"; then
+    elif [ "$OFFICIAL_DIR" = "$HOME_DIR" ]; then
+        [ ! "$OFFICIAL_PIDS" ] || [ "$REPLACE" ] || refuse "the official server runs" \
+            "in $STATE itself: give --replace-official, or another --state"
+        [ -e "$HOME_DIR/peers.jsonl" ] || IMPORT=$OFFICIAL_DIR
+    elif [ -e "$HOME_DIR/peers.jsonl" ] || [ -e "$HOME_DIR/id_ed25519" ]; then
+        [ ! "$REPLACE" ] ||
+            ! cmp -s "$OFFICIAL_DIR/id_ed25519" "$HOME_DIR/id_ed25519" ||
             IMPORT=$OFFICIAL_DIR # devices that came since the first import
-        fi
-        if [ "$OFFICIAL_DIR" = "$HOME_DIR" ]; then
-            IMPORT=$OFFICIAL_DIR
-            [ ! -e "$HOME_DIR/peers.jsonl" ] || IMPORT=''
-        fi
     else
         say "An official server's key and devices are in $OFFICIAL_DIR."
-        if [ "$PIPED$DRY" ] || [ ! -t 0 ]; then ANSWER=''; else
+        ANSWER=''
+        [ "$DRY" ] || [ ! "$HERE" ] || [ ! -t 0 ] ||
             ask "Take them over, so that clients need no change? [yes/no]"
-        fi
-        case $ANSWER in
+        case $ANSWER-$DRY in
         [Yy]*) IMPORT=$OFFICIAL_DIR ;;
-        [Nn]*) ;;
-        *) [ "$DRY" ] || fail "nothing was done. Run this again with one of" \
-            "'--import $OFFICIAL_DIR' (clients need no change) or" \
-            "'--no-import' (a new key, which every client must be given)" ;;
+        [Nn]* | *-1) ;;
+        *) refuse "run this again with '--import $OFFICIAL_DIR' (clients need no" \
+            "change) or '--no-import' (a new key, which every client must be given)" ;;
         esac
-    fi
-    if [ "$OFFICIAL_DIR" = "$HOME_DIR" ] && [ "$OFFICIAL_PIDS" ] &&
-        [ ! "$REPLACE" ]; then
-        fail "nothing was done: the official server runs in $STATE itself. Give" \
-            "--replace-official to take its place, or another directory with --state"
     fi
 }
 
 replace_official() {
     [ "$REPLACE" ] || return 0
     for pid in $OFFICIAL_PIDS; do
-        if grep -Eq 'docker|containerd|libpod|lxc' "/proc/$pid/cgroup" 2>/dev/null; then
-            fail "hbbs or hbbr (pid $pid) runs in a container; stop it with the" \
-                "container program (docker stop ...) and run this again"
-        fi
+        ! grep -Eq 'docker|containerd|libpod|lxc' "/proc/$pid/cgroup" 2>/dev/null ||
+            fail "hbbs or hbbr (pid $pid) runs in a container; stop that (docker stop" \
+                "...) and run this again"
     done
     if [ "$OFFICIAL_UNITS" ] && [ -d /run/systemd/system ]; then
         # shellcheck disable=SC2086
@@ -706,120 +490,225 @@ replace_official() {
         [ "$DRY" ] || STOPPED_UNITS=$OFFICIAL_UNITS
     fi
     for pid in $OFFICIAL_PIDS; do
-        if kill -0 "$pid" 2>/dev/null; then
-            run kill "$pid"
-            OFFICIAL_KILLED=1
-        fi
+        ! kill -0 "$pid" 2>/dev/null || run kill "$pid"
     done
-    [ ! "$OFFICIAL_KILLED" ] || [ "$DRY" ] || sleep 2
+    [ ! "$OFFICIAL_PIDS" ] || [ "$DRY" ] || sleep 2
 }
 
 import_official() {
     [ "$IMPORT" ] || return 0
-    if [ "$DRY" ]; then
-        say "would import: $IMPORT"
-        return 0
-    fi
-    say "import: $IMPORT"
+    note "import: $IMPORT"
+    RESTART=1
+    [ ! "$DRY" ] || return 0
     make_temporary
-    mkdir "$TEMPORARY/official"
-    if [ -d "$IMPORT" ]; then
-        for file in id_ed25519 id_ed25519.pub db_v2.sqlite3 db_v2.sqlite3-wal \
-            db_v2.sqlite3-shm blacklist.txt blocklist.txt; do
-            [ ! -f "$IMPORT/$file" ] || cp "$IMPORT/$file" "$TEMPORARY/official/"
-        done
-        copy=$TEMPORARY/official
-    else
-        copy=$TEMPORARY/official/$(basename "$IMPORT")
-        cp "$IMPORT" "$copy"
-    fi
-    [ "$(id -u)" -ne 0 ] || chown -R "$SERVICE_USER" "$TEMPORARY"
+    copy=$TEMPORARY/official
+    mkdir "$copy"
+    for file in id_ed25519 id_ed25519.pub db_v2.sqlite3 db_v2.sqlite3-wal \
+        db_v2.sqlite3-shm blacklist.txt blocklist.txt; do
+        [ ! -f "$IMPORT/$file" ] || cp "$IMPORT/$file" "$copy/"
+    done
+    [ ! "$AS_ROOT" ] || chown -R "$(ids)" "$TEMPORARY"
     stop_service # two processes must not write one store
     as_user "$SERVICE_PYTHON" -I "$CANDIDATE" import "$copy" ||
-        fail "the import of $IMPORT failed (see above) and the program was not put in" \
-            "place. $IMPORT was only read. Mend it and run this again"
-    CHANGES=$((CHANGES + 1)) SERVICE_CHANGED=1
+        fail "the import of $IMPORT failed (see above); it was only read. Mend it and" \
+            "run this again"
 }
 
-# -- user, directory, settings --------------------------------------------------------
+# -- user, directory, settings, PyNaCl ------------------------------------------------
 
 make_user() {
-    if [ "$(id -u)" -ne 0 ] || [ "$(helper user "$ROOT" "$SERVICE_USER")" ]; then
-        return 0
-    elif [ ! -f "$ROOT/etc/passwd" ]; then
-        warn "no user $SERVICE_USER was made: there is no $ROOT/etc/passwd"
+    if [ "$(id -u)" -ne 0 ] || [ "$(ids)" ]; then
         return 0
     fi
-    note "${DRY:+would }make user: $SERVICE_USER"
+    note "make user: $SERVICE_USER"
     if [ "$DRY" ]; then
         return 0
     elif [ ! "$ROOT" ] && have useradd; then
         useradd --system --user-group --no-create-home --home-dir "$STATE" \
             --shell /usr/sbin/nologin "$SERVICE_USER"
-    elif [ ! "$ROOT" ] && have adduser && have addgroup; then
-        addgroup -S "$SERVICE_USER"
-        adduser -S -D -H -h "$STATE" -s /bin/false -G "$SERVICE_USER" "$SERVICE_USER"
-    else
-        helper add_user "$ROOT" "$SERVICE_USER" "$STATE"
+        return 0
+    fi
+    number=980 # BusyBox and images: a free number, no password, no shell
+    while cut -d: -f3 "$ROOT/etc/passwd" "$ROOT/etc/group" | grep -qx $number; do
+        number=$((number - 1))
+    done
+    add_row group "x:$number:"
+    add_row shadow "*:0:0:99999:7:::"
+    add_row passwd "x:$number:$number::$STATE:/bin/false"
+}
+
+add_row() { # TABLE REST
+    if [ -f "$ROOT/etc/$1" ] && ! grep -q "^$SERVICE_USER:" "$ROOT/etc/$1"; then
+        say "$SERVICE_USER:$2" >>"$ROOT/etc/$1"
     fi
 }
 
-make_state() {
-    said=$(helper state "$ROOT" "$STATE" "$SERVICE_USER" "$DRY") ||
-        fail "$STATE could not be made ready (see above). Nothing was started"
-    [ ! "$said" ] || note "$said"
+make_state() { # 0700, and it and its files the user's
+    if [ ! -d "$HOME_DIR" ]; then
+        note "make directory: $HOME_DIR (0700, $SERVICE_USER)"
+        [ ! "$DRY" ] || return 0
+        mkdir -p "$(dirname "$HOME_DIR")"
+        mkdir -m 700 "$HOME_DIR"
+    fi
+    case $(ls -ld "$HOME_DIR") in
+    drwx------*) ;;
+    *) run chmod 700 "$HOME_DIR" ;;
+    esac
+    ids=$(ids)
+    [ "$(id -u)" -eq 0 ] && [ "$ids" ] || return 0
+    # shellcheck disable=SC2012
+    strange=$(ls -lan "$HOME_DIR" |
+        awk -v uid="${ids%:*}" 'NF > 8 && $9 != ".." && $3 != uid')
+    [ ! "$strange" ] || run chown -hR "$ids" "$HOME_DIR"
 }
 
 save_settings() {
     [ "$SETS" ] || return 0
-    said=$(helper set "$RUN_USER" "$HOME_DIR" "$SETS" "$DRY") ||
-        fail "the settings could not be written to $STATE/.env (see above)"
-    if [ "$said" ]; then
-        note "$said"
-        SERVICE_CHANGED=1 SETTINGS_CHANGED=1
-    fi
-}
-
-read_ports() {
-    # shellcheck disable=SC2046
-    set -- $(helper ports "$HOME_DIR" "$SETS")
-    PORT=$1 ADDRESS=$2 TCP_PORTS=$3 LOW=${4:-}
+    said=$(helper put_settings "$HOME_DIR/.env" "$SETS" dry)
+    [ "$said" ] || return 0
+    note "set in $STATE/.env: $said"
+    RESTART=1
+    [ ! "$DRY" ] || return 0
+    undoable ''
+    as_user "$PYTHON" -I -c "$PYTHON_PART" put_settings .env "$SETS" '' >/dev/null
+    undoable settings
 }
 
 install_pynacl() {
-    if [ ! "$PYNACL" ] || [ "$ROOT" ] || [ "$(id -u)" -ne 0 ] ||
+    if [ ! "$PYNACL" ] || [ ! "$AS_ROOT" ] ||
         "$PYTHON" -I -c 'import nacl.bindings' 2>/dev/null; then
         return 0
     fi
     find_packager
-    case $PACKAGER-$SERVICE_PYTHON in
-    apt-get-/usr/bin/python3)
-        set -- apt-get -o Acquire::Retries=0 install -y -q --no-install-recommends \
-            python3-nacl
-        ;;
-    dnf-/usr/bin/python3) set -- dnf install -y -q python3-pynacl ;;
-    apk-/usr/bin/python3) set -- apk add -q py3-pynacl ;;
-    pacman-/usr/bin/python3) set -- pacman -S --noconfirm python-pynacl ;;
-    zypper-/usr/bin/python3) set -- zypper -n -q install python3-PyNaCl ;;
-    *) return 0 ;;
-    esac
-    say "${DRY:+would }run: $*"
-    [ "$DRY" ] || DEBIAN_FRONTEND=noninteractive "$@" </dev/null >/dev/null 2>&1 ||
+    [ "$NACL" ] && [ "$SERVICE_PYTHON" = /usr/bin/python3 ] || return 0
+    say "${DRY:+would }run: $ADD $NACL"
+    # shellcheck disable=SC2086
+    [ "$DRY" ] || DEBIAN_FRONTEND=noninteractive $ADD $NACL \
+        </dev/null >/dev/null 2>&1 ||
         say "went on without PyNaCl: signatures take longer, nothing else is missing"
 }
 
-# -- the service ----------------------------------------------------------------------
+# -- the service: install, start, stop, log, remove, for each manager -----------------
+
+service() { # VERB
+    case $KIND in
+    systemd) on_systemd "$1" ;;
+    openrc) on_openrc "$1" ;;
+    procd) on_procd "$1" ;;
+    cron) on_cron "$1" ;;
+    esac
+}
+
+on_systemd() {
+    wants=$ROOT/etc/systemd/system/multi-user.target.wants/$NAME.service
+    case $1 in
+    install)
+        put "$SERVICE_FILE" 644 "$(unit_text '')"
+        link "/etc/systemd/system/$NAME.service" "$wants"
+        [ ! "$UNIT_CHANGED" ] || [ ! "$LIVE" ] || systemctl daemon-reload
+        ;;
+    start) systemctl start --no-block $NAME ;;
+    stop) systemctl stop $NAME ;;
+    log) say "journalctl -u $NAME -n 30" ;;
+    remove)
+        take_away "$wants" "$SERVICE_FILE"
+        [ ! "$LIVE" ] || systemctl daemon-reload
+        ;;
+    esac
+}
+
+on_openrc() {
+    case $1 in
+    install)
+        put "$SERVICE_FILE" 755 "$(openrc_text)"
+        link "/etc/init.d/$NAME" "$ROOT/etc/runlevels/default/$NAME"
+        ;;
+    start | stop) rc-service -q $NAME "$1" ;;
+    log) say "tail $STATE/server.log" ;;
+    remove) take_away "$ROOT/etc/runlevels/default/$NAME" "$SERVICE_FILE" ;;
+    esac
+}
+
+on_procd() { # what OpenWrt keeps when its firmware is replaced is a list of files
+    kept=$ROOT/lib/upgrade/keep.d/$NAME
+    case $1 in
+    install)
+        put "$SERVICE_FILE" 755 "$(procd_text)"
+        put "$kept" 644 "$STATE
+$PROGRAM
+/etc/init.d/$NAME
+/etc/rc.d/S95$NAME"
+        link "../init.d/$NAME" "$ROOT/etc/rc.d/S95$NAME"
+        link "../init.d/$NAME" "$ROOT/etc/rc.d/K10$NAME"
+        ;;
+    start | stop) "/etc/init.d/$NAME" "$1" ;;
+    log) say "logread -e $NAME" ;;
+    remove)
+        take_away "$ROOT/etc/rc.d/S95$NAME" "$ROOT/etc/rc.d/K10$NAME" "$kept" \
+            "$SERVICE_FILE"
+        ;;
+    esac
+}
+
+on_cron() { # no service manager: a line of crontab, and a number in server.pid
+    case $1 in
+    install) write_crontab "$(cron_text)" ;;
+    start)
+        as_user /bin/rm -f server.pid
+        "$PYTHON" -I -c "$PYTHON_PART" start_as "${AS_ROOT:+$(ids)}" "$STATE" \
+            /bin/sh -c "$(cron_command)" </dev/null >/dev/null 2>&1 &
+        ;;
+    stop)
+        pid=$(cron_pid) || return 0
+        as_user /bin/sh -c "kill $pid"
+        within 15 cron_ended || as_user /bin/sh -c "kill -KILL $pid"
+        ;;
+    log) say "tail $STATE/server.log $STATE/start.log" ;;
+    remove) [ ! "$WAS_INSTALLED" ] || write_crontab '' ;;
+    esac
+}
+
+cron_ended() { ! grep -q "$FILE" "/proc/$pid/cmdline" 2>/dev/null; }
+
+cron_pid() { # the server of server.pid, if it lives
+    [ -f "$STATE/server.pid" ] && read -r pid <"$STATE/server.pid" || return 1
+    is_number "$pid" && ! cron_ended && say "$pid"
+}
+
+cron_command() {
+    say "cd $STATE && umask 077 && echo \$\$ >server.pid && exec $SERVICE_PYTHON -I" \
+        "$PROGRAM --log-file server.log >/dev/null 2>start.log"
+}
+
+cron_text() { say "@reboot $(cron_command) $(record)"; }
+
+crontab_of() { # ARGUMENT...: crontab, for the service's user
+    if [ "${SERVICE_USER:=$NAME}" = "$(id -un)" ]; then
+        crontab "$@"
+    else
+        crontab -u "$SERVICE_USER" "$@"
+    fi
+}
+
+write_crontab() { # LINE, or nothing to take it away
+    old=$(crontab_of -l 2>/dev/null || true)
+    new=$(say "$old" | sed '/# by install.sh: /d; /^$/d' && say "$1")
+    [ "$old" != "$new" ] || return 0
+    if [ ! "$ROOT" ] && have crontab &&
+        { [ "$DRY" ] || say "$new" | crontab_of - 2>/dev/null; }; then
+        note "write crontab of $SERVICE_USER: ${1:-(without our line)}"
+    elif [ "$1" ]; then
+        warn "no crontab works here; have this run when the machine starts: $1"
+    fi
+}
+
+# -- what each manager is given -------------------------------------------------------
 
 unit_text() { # ARGUMENTS of the server
-    capabilities='' private_users='PrivateUsers=yes' home='ProtectHome=yes'
-    if [ "$LOW" ]; then
-        capabilities=CAP_NET_BIND_SERVICE private_users="# (a port below 1024)"
-    fi
-    case $STATE in /home/* | /root/*) home='ProtectHome=read-only' ;; esac
-    case $SERVICE_PYTHON in
-    *pypy*) executable='# (PyPy compiles at run time: no MemoryDenyWriteExecute)' ;;
-    *) executable='MemoryDenyWriteExecute=yes' ;;
-    esac
+    capability='' private=yes home=yes compiles=yes
+    [ ! "$LOW" ] || capability=CAP_NET_BIND_SERVICE private=no
+    case $STATE in /home/* | /root/*) home=read-only ;; esac
+    case $SERVICE_PYTHON in *pypy*) compiles=no ;; esac # it does so at run time
     cat <<EOF
 $(record)
 [Unit]
@@ -844,29 +733,19 @@ LimitNOFILE=65536
 UMask=0077
 ReadWritePaths=$STATE
 ProtectSystem=strict
-$home
-NoNewPrivileges=yes
-CapabilityBoundingSet=$capabilities
-AmbientCapabilities=$capabilities
-$private_users
-PrivateTmp=yes
-PrivateDevices=yes
+ProtectHome=$home
+CapabilityBoundingSet=$capability
+AmbientCapabilities=$capability
+PrivateUsers=$private
 DevicePolicy=closed
-ProtectClock=yes
-ProtectControlGroups=yes
-ProtectHostname=yes
-ProtectKernelLogs=yes
-ProtectKernelModules=yes
-ProtectKernelTunables=yes
 ProtectProc=invisible
+$(printf '%s=yes\n' NoNewPrivileges PrivateTmp PrivateDevices ProtectClock \
+        ProtectControlGroups ProtectHostname ProtectKernelLogs ProtectKernelModules \
+        ProtectKernelTunables RestrictNamespaces RestrictRealtime RestrictSUIDSGID \
+        RemoveIPC LockPersonality)
 RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX
-RestrictNamespaces=yes
-RestrictRealtime=yes
-RestrictSUIDSGID=yes
-RemoveIPC=yes
 KeyringMode=private
-LockPersonality=yes
-$executable
+MemoryDenyWriteExecute=$compiles
 SystemCallArchitectures=native
 SystemCallFilter=@system-service
 SystemCallFilter=~@privileged @resources
@@ -896,16 +775,8 @@ rc_ulimit="-n 65536"
 error_logger="logger -t $NAME"
 ${LOW:+capabilities="^cap_net_bind_service"}
 
-depend() {
-    use net dns
-    after firewall
-}
-
-reload() {
-    ebegin "Reloading rustdesk-server"
-    supervise-daemon "\$RC_SVCNAME" --signal HUP
-    eend \$?
-}
+depend() { use net dns; after firewall; }
+reload() { supervise-daemon "\$RC_SVCNAME" --signal HUP; }
 EOF
 }
 
@@ -930,232 +801,166 @@ start_service() {
     procd_close_instance
 }
 
-reload_service() {
-    procd_send_signal $NAME '*' HUP
-}
+reload_service() { procd_send_signal $NAME '*' HUP; }
 EOF
-}
-
-cron_text() {
-    say "@reboot cd $STATE && umask 077 && echo \$\$ >server.pid &&" \
-        "exec $SERVICE_PYTHON -I $PROGRAM --log-file server.log" \
-        ">/dev/null 2>start.log" \
-        "$(record)"
-}
-
-write_service() {
-    if [ "$LOW" ] && { [ "$KIND" = procd ] || [ "$KIND" = cron ]; }; then
-        warn "a port below 1024 is set, which $KIND cannot give to $SERVICE_USER: use" \
-            "a higher one and let the firewall redirect the low one to it"
-    fi
-    [ ! -f "$SERVICE_FILE" ] || OLD_SERVICE=$(cat "$SERVICE_FILE")
-    case $KIND in
-    systemd) put "$SERVICE_FILE" 644 "$(unit_text '')" ;;
-    openrc) put "$SERVICE_FILE" 755 "$(openrc_text)" ;;
-    procd)
-        put "$SERVICE_FILE" 755 "$(procd_text)"
-        put "$ROOT/lib/upgrade/keep.d/$NAME" 644 "$STATE
-$PROGRAM
-/etc/init.d/$NAME
-/etc/rc.d/S95$NAME"
-        ;;
-    cron) write_crontab "$(cron_text)" ;;
-    esac
-}
-
-write_crontab() { # LINE, or nothing to take it away
-    if [ "$ROOT" ] || ! have crontab; then
-        [ ! "$1" ] || warn "no crontab here; have this run when the machine starts: $1"
-        return 0
-    fi
-    old=$(crontab_of -l 2>/dev/null || true)
-    new=$(printf '%s\n' "$old" | sed '/# by install.sh: /d; /^$/d' && say "$1")
-    if [ "$old" = "$new" ]; then
-        return 0
-    elif [ "$DRY" ] || printf '%s\n' "$new" | crontab_of - 2>/dev/null; then
-        note "${DRY:+would }write crontab of $SERVICE_USER: ${1:-(without our line)}"
-    elif [ "$1" ]; then
-        warn "crontab does not work here; have this run when the machine starts: $1"
-    fi
-}
-
-enable_service() {
-    case $KIND-$LIVE in
-    systemd-1)
-        [ ! "$UNIT_CHANGED" ] || run systemctl daemon-reload
-        systemctl is-enabled -q $NAME 2>/dev/null || run systemctl enable -q $NAME
-        ;;
-    systemd-)
-        link "/etc/systemd/system/$NAME.service" \
-            "$ROOT/etc/systemd/system/multi-user.target.wants/$NAME.service"
-        ;;
-    openrc-*) link "/etc/init.d/$NAME" "$ROOT/etc/runlevels/default/$NAME" ;;
-    procd-*)
-        link "../init.d/$NAME" "$ROOT/etc/rc.d/S95$NAME"
-        link "../init.d/$NAME" "$ROOT/etc/rc.d/K10$NAME"
-        ;;
-    esac
-}
-
-control() { # start|stop
-    case $KIND-$1 in
-    systemd-start) systemctl start --no-block $NAME ;;
-    systemd-stop) systemctl stop $NAME ;;
-    openrc-*) rc-service -q $NAME "$1" ;;
-    procd-*) "/etc/init.d/$NAME" "$1" ;;
-    cron-start)
-        helper spawn "$SERVICE_USER" "$STATE" "$SERVICE_PYTHON" -I "$PROGRAM" \
-            --log-file server.log
-        ;;
-    cron-stop) helper stop "$SERVICE_USER" "$STATE" "$PROGRAM" ;;
-    esac
-}
-
-healthy() { # SECONDS
-    watched=''
-    [ "$KIND" != cron ] || watched=$STATE/server.pid
-    helper healthy "$ADDRESS" "$PORT" "$1" "$watched"
-}
-
-stop_service() { # and wait until its port is free
-    [ "$WAS_INSTALLED" ] && [ "$LIVE" ] || return 0
-    say "stop: $NAME"
-    UNPROVEN=1
-    control stop || true
-    for _ in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15; do
-        helper taken "$ADDRESS" "$PORT" || return 0
-        sleep 1
-    done
-    fail "something still listens on port $PORT 15 s after '$NAME' was stopped. The" \
-        "new program was not started; end that, and run this again"
-}
-
-how_to_read_log() {
-    case $KIND in
-    systemd) say "journalctl -u $NAME -n 30" ;;
-    procd) say "logread -e $NAME" ;;
-    *) say "tail $STATE/server.log $STATE/start.log" ;;
-    esac
 }
 
 # -- installing and upgrading ---------------------------------------------------------
 
-stage_candidate() { # CANDIDATE: the program as it is to be, in its final directory
-    CANDIDATE=$ROOT$PROGRAM
-    if cmp -s "$SOURCE" "$ROOT$PROGRAM"; then
-        return 0
-    fi
-    if [ "$DRY" ]; then
-        note "would write: $ROOT$PROGRAM (version $NEW_VERSION)"
-        return 0
-    fi
-    CANDIDATE=$ROOT$PROGRAM.new
-    mkdir -p "$ROOT$PREFIX/bin"
-    cp "$SOURCE" "$CANDIDATE"
-    chmod 755 "$CANDIDATE"
-}
-
-check_candidate() { # its own `check`, with the settings, the key and the store of here
-    if [ "$DRY" ] || [ "$ROOT" ]; then
-        return 0
-    fi
-    said=$(as_user "$SERVICE_PYTHON" -I "$CANDIDATE" check 2>&1) && return 0
-    say "$said"
-    [ ! "$SETTINGS_CHANGED" ] || helper unset "$RUN_USER" "$HOME_DIR"
-    fail "version $NEW_VERSION does not pass its own check with what is in $STATE" \
-        "(see above). Program and settings were not changed; what ran still runs"
-}
-
-swap_program() {
-    [ "$CANDIDATE" != "$ROOT$PROGRAM" ] || return 0
-    if [ -f "$ROOT$PROGRAM" ]; then
-        say "keep: $ROOT$PROGRAM.previous (version $(helper version "$ROOT$PROGRAM"))"
-        cp -p "$ROOT$PROGRAM" "$ROOT$PROGRAM.previous.new"
-        mv -f "$ROOT$PROGRAM.previous.new" "$ROOT$PROGRAM.previous"
-        SWAPPED=1
-    fi
-    mv -f "$CANDIDATE" "$ROOT$PROGRAM"
-    note "write: $ROOT$PROGRAM (version $NEW_VERSION)"
-    SERVICE_CHANGED=1
-}
-
-roll_back() { # program, settings and service file as they were before this run
-    UNPROVEN=''
-    control stop || true
-    if [ "$SWAPPED" ]; then
-        cp -p "$PROGRAM.previous" "$PROGRAM.new"
-        mv -f "$PROGRAM.new" "$PROGRAM"
-    fi
-    [ ! "$SETTINGS_CHANGED" ] || helper unset "$RUN_USER" "$HOME_DIR"
-    if [ "$OLD_SERVICE" ]; then
-        printf '%s\n' "$OLD_SERVICE" >"$SERVICE_FILE"
-        [ "$KIND" != systemd ] || systemctl daemon-reload
-    fi
-    control start || true
-    read_ports
-    healthy 20
-}
-
-restart_service() {
-    [ "$LIVE" ] && [ ! "$NOT_STARTED" ] || return 0
-    if [ ! "$SERVICE_CHANGED" ] && healthy 0; then
-        return 0
-    fi
-    stop_service
-    note "start: $NAME"
-    control start || true
-    if healthy 20; then
-        UNPROVEN='' STOPPED_UNITS=''
-        say "healthy: http://$ADDRESS:$PORT/healthz answers"
-        return 0
-    fi
-    say "-- the end of the log ($(how_to_read_log)):"
-    sh -c "$(how_to_read_log)" 2>/dev/null | tail -n 10 || true
-    if [ "$UNPROVEN" ] && [ "$SWAPPED$SETTINGS_CHANGED$UNIT_CHANGED" ]; then
-        roll_back || fail "version $NEW_VERSION was not healthy within 20 s and was" \
-            "rolled back, but what ran before is not healthy either:" \
-            "$(how_to_read_log)"
-        fail "version $NEW_VERSION was not healthy within 20 s: rolled back, and what" \
-            "ran before runs again. Nothing of the upgrade is left"
-    fi
-    UNPROVEN=''
-    fail "it is installed but not healthy: $ADDRESS port $PORT does not answer" \
-        "/healthz after 20 s. See: $(how_to_read_log)"
-}
-
-look_for_conflict() { # somebody else on the port: install, but do not start
-    if [ ! "$LIVE" ] || [ "$WAS_INSTALLED" ] || { [ "$REPLACE" ] &&
-        [ "$OFFICIAL_PIDS" ]; } || ! helper taken "$ADDRESS" "$PORT"; then
-        return 0
-    fi
-    NOT_STARTED="port $PORT is in use${OFFICIAL_PIDS:+ by the official server}"
-}
-
 do_install() {
     find_python
-    if [ "$ACTION" = upgrade ] && [ ! -f "$ROOT$PROGRAM" ]; then
-        fail "nothing was done: there is nothing to upgrade at $ROOT$PROGRAM"
-    fi
+    [ "$ACTION" = install ] || [ -f "$ROOT$PROGRAM" ] ||
+        refuse "there is nothing to upgrade at $ROOT$PROGRAM"
     get_source
     find_official
     choose_import
     read_ports
-    look_for_conflict
+    find_conflict
+    see_what_was_killed
     make_user
     make_state
     save_settings
-    stage_candidate
-    check_candidate
+    stage_program
+    check_program
     replace_official
     import_official
     swap_program
     install_pynacl
     write_service
-    enable_service
     [ ! "$ROOT" ] || [ "$DRY" ] || make_state # the settings, too, are the user's
     restart_service
     show_firewall
     show_result
+}
+
+find_conflict() { # somebody else on the port: install, but do not start
+    { [ "$REPLACE" ] && [ "$OFFICIAL_PIDS" ]; } || [ "$WAS_INSTALLED" ] ||
+        [ ! "$LIVE" ] || is_free ||
+        NOT_STARTED="port $PORT is in use${OFFICIAL_PIDS:+ by the official server}"
+}
+
+see_what_was_killed() { # what an earlier run changed and did not prove healthy
+    [ "$WAS_INSTALLED" ] && [ "$LIVE" ] || return 0
+    MARK=$PROGRAM.unproven
+    [ ! -f "$MARK" ] || RESTART=1 UNDO=$(cat "$MARK")
+}
+
+undoable() { # WHAT: roll_back will see to it, in this run or, if it is killed, the next
+    UNDO="$UNDO $1"
+    [ ! "$MARK" ] || say "$UNDO" >"$MARK"
+}
+
+stage_program() { # CANDIDATE: the program as it is to be, in its final directory
+    CANDIDATE=$ROOT$PROGRAM
+    ! cmp -s "$SOURCE" "$CANDIDATE" || return 0
+    note "write: $CANDIDATE (version $NEW_VERSION)"
+    RESTART=1 SWAP=1
+    [ ! "$DRY" ] || return 0
+    CANDIDATE=$CANDIDATE.new
+    mkdir -p "$ROOT$PREFIX/bin"
+    cp "$SOURCE" "$CANDIDATE"
+    chmod 755 "$CANDIDATE"
+}
+
+check_program() { # its own `check`, with the settings, the key and the store of here
+    [ ! "$DRY$ROOT" ] || return 0
+    said=$(as_user "$SERVICE_PYTHON" -I "$CANDIDATE" check 2>&1) || {
+        say "$said"
+        fail "version $NEW_VERSION does not pass its own check with what is in $STATE" \
+            "(see above). Program and settings stay as they were"
+    }
+    [ "$WAS_INSTALLED" ] || UNDO=''
+}
+
+swap_program() {
+    [ "$SWAP" ] && [ ! "$DRY" ] || return 0
+    if [ -f "$ROOT$PROGRAM" ]; then
+        say "keep: $ROOT$PROGRAM.previous"
+        cp -p "$ROOT$PROGRAM" "$ROOT$PROGRAM.previous.new"
+        mv -f "$ROOT$PROGRAM.previous.new" "$ROOT$PROGRAM.previous"
+        undoable program
+    fi
+    mv -f "$CANDIDATE" "$ROOT$PROGRAM"
+}
+
+write_service() {
+    [ ! "$LOW" ] || case $KIND in
+    procd | cron)
+        warn "$KIND cannot give $SERVICE_USER a port below 1024: use a higher one and" \
+            "let the firewall redirect the low one to it"
+        ;;
+    esac
+    [ ! -f "$SERVICE_FILE" ] || OLD_SERVICE=$(cat "$SERVICE_FILE")
+    service install
+    [ ! "$UNIT_CHANGED" ] || [ ! "$WAS_INSTALLED" ] || undoable unit
+}
+
+is_healthy() { [ "$(helper probe "$ADDRESS" "$PORT")" = healthy ]; }
+
+is_free() { [ "$(helper probe "$ADDRESS" "$PORT")" = free ]; }
+
+# shellcheck disable=SC2317,SC2329  # called by `within`
+is_steady() { # twice in a row, since a crash loop is healthy now and then
+    if is_healthy && sleep 1 && is_healthy; then return 0; fi
+    [ "$KIND" != cron ] || [ ! -f "$STATE/server.pid" ] || cron_pid >/dev/null || end=0
+    return 1
+}
+
+stop_service() { # and wait until its port is free
+    [ "$WAS_INSTALLED" ] && [ "$LIVE" ] || return 0
+    say "stop: $NAME"
+    STOPPED=1
+    undoable ''
+    service stop || true
+    within 15 is_free || fail "something still listens on port $PORT 15 s after $NAME" \
+        "was stopped. End that, and run this again"
+}
+
+restart_service() {
+    [ "$LIVE" ] && [ ! "$NOT_STARTED" ] || return 0
+    [ "$RESTART" ] || ! is_healthy || return 0
+    stop_service
+    note "start: $NAME"
+    service start || true
+    if within 20 is_steady; then
+        UNDO='' STOPPED_UNITS=''
+        say "healthy: http://$ADDRESS:$PORT/healthz answers"
+        return 0
+    fi
+    say "-- the end of the log ($(service log)):"
+    sh -c "$(service log)" 2>/dev/null | tail -n 10 || true
+    fail "version $NEW_VERSION is not healthy: within 20 s $ADDRESS port $PORT did" \
+        "not answer /healthz. See: $(service log)"
+}
+
+# shellcheck disable=SC2317,SC2329  # called by on_exit
+roll_back() { # program, settings and service as they were, and running
+    for what in $UNDO; do
+        case $what in
+        program)
+            cp -p "$PROGRAM.previous" "$PROGRAM.new"
+            mv -f "$PROGRAM.new" "$PROGRAM"
+            ;;
+        settings)
+            as_user /bin/sh -c 'mv .env.previous .env; [ -s .env ] || rm .env'
+            ;;
+        unit)
+            [ ! "$OLD_SERVICE" ] || say "$OLD_SERVICE" >"$SERVICE_FILE"
+            [ "$KIND" != systemd ] || systemctl daemon-reload
+            ;;
+        esac
+    done
+    [ "$WAS_INSTALLED" ] && [ "$LIVE" ] || return 0
+    read_ports
+    if [ "$STOPPED" ] || ! is_healthy; then
+        service stop || true
+        service start || true
+    fi
+    if within 20 is_steady; then
+        warn "rolled back: what ran before this runs again"
+    else
+        warn "rolled back, but what ran before is not healthy either: $(service log)"
+    fi
 }
 
 show_result() {
@@ -1164,12 +969,12 @@ show_result() {
     elif [ "$DRY" ]; then
         say "dry run: nothing was changed"
     fi
-    if [ -f "$HOME_DIR/id_ed25519.pub" ]; then
-        say "In every RustDesk client: Settings, Network, ID/Relay server
+    [ ! -f "$HOME_DIR/id_ed25519.pub" ] || cat <<EOF
+In every RustDesk client: Settings, Network, ID/Relay server
   ID server: the public name or address of this machine
   Key:       $(cat "$HOME_DIR/id_ed25519.pub")
-Keep a copy of $STATE/id_ed25519: clients trust the server by it."
-    fi
+Keep a copy of $STATE/id_ed25519: clients trust the server by it.
+EOF
     if [ "$NOT_STARTED" ]; then
         warn "installed, but not started: $NOT_STARTED. Free it and run this again" \
             "${OFFICIAL_PIDS:+(--replace-official stops the official server)}"
@@ -1180,62 +985,17 @@ Keep a copy of $STATE/id_ed25519: clients trust the server by it."
 
 # -- firewall -------------------------------------------------------------------------
 
-find_firewall() {
-    FIREWALL=''
-    if have ufw && ! ufw status 2>/dev/null | grep -q inactive; then
-        FIREWALL=ufw
-    elif have firewall-cmd && firewall-cmd --state >/dev/null 2>&1; then
-        FIREWALL=firewalld
-    elif have uci && [ -f /etc/config/firewall ]; then
-        FIREWALL=uci
-    elif have nft && nft list chain inet filter input >/dev/null 2>&1; then
-        FIREWALL=nftables
-    fi
-}
-
-firewall_commands() { # PORTS PROTOCOL: what opens them, unless they are open
-    ports=$1 protocol=$2
-    case $FIREWALL in
-    ufw)
-        ports=$(say "$ports" | tr - :)
-        ufw status 2>/dev/null | grep -q "^$ports/$protocol " ||
-            say "ufw allow $ports/$protocol"
-        ;;
-    firewalld)
-        firewall-cmd -q --permanent --query-port="$ports/$protocol" 2>/dev/null ||
-            say "firewall-cmd -q --permanent --add-port=$ports/$protocol"
-        ;;
-    uci)
-        rule=firewall.rustdesk_${protocol}_$(say "$ports" | tr - _)
-        uci -q get "$rule" >/dev/null || cat <<EOF
-uci set $rule=rule
-uci set $rule.name=rustdesk-$protocol-$ports
-uci set $rule.src=wan
-uci set $rule.proto=$protocol
-uci set $rule.dest_port=$ports
-uci set $rule.target=ACCEPT
-EOF
-        ;;
-    nftables)
-        nft list chain inet filter input | grep -q "$protocol dport $ports accept" ||
-            say "nft insert rule inet filter input $protocol dport $ports accept"
-        ;;
-    esac
-}
-
 show_firewall() {
     [ ! "$ROOT" ] || return 0
     find_firewall
-    commands=$(for ports in $(say "$TCP_PORTS" | tr , ' '); do
+    commands=$(for ports in $TCP_PORTS; do
         firewall_commands "$ports" tcp
     done
     firewall_commands "$PORT" udp)
     [ "$commands" ] || return 0
     case $FIREWALL in
-    firewalld) commands="$commands
-firewall-cmd -q --reload" ;;
-    uci) commands="$commands
-uci commit firewall
+    firewalld) commands="$commands${NEWLINE}firewall-cmd -q --reload" ;;
+    uci) commands="$commands${NEWLINE}uci commit firewall
 /etc/init.d/firewall reload" ;;
     esac
     if [ ! "$OPEN_FIREWALL" ]; then
@@ -1243,49 +1003,78 @@ uci commit firewall
         say "$commands" | sed 's/^/  /'
         return 0
     fi
-    make_temporary
-    say "$commands" >"$TEMPORARY/firewall"
-    while read -r command; do
+    CHANGES=$((CHANGES + 1))
+    say "$commands" | while read -r command; do
         # shellcheck disable=SC2086
         run $command </dev/null
-    done <"$TEMPORARY/firewall"
+    done
     [ "$FIREWALL" != nftables ] ||
         say "nftables forgets this at a restart: put it into /etc/nftables.conf too"
+}
+
+find_firewall() {
+    FIREWALL=''
+    if have ufw && ufw status 2>/dev/null | grep -q '^Status: active'; then
+        FIREWALL=ufw
+    elif have firewall-cmd && firewall-cmd --state >/dev/null 2>&1; then
+        FIREWALL=firewalld
+    elif have uci && [ -f /etc/config/firewall ]; then
+        FIREWALL=uci
+    elif have nft && [ "$(closed_chains)" ]; then
+        FIREWALL=nftables
+    fi
+}
+
+closed_chains() { # "family table chain" of each that drops what comes in
+    nft list ruleset 2>/dev/null | awk '
+        $1 == "table" { table = $2 " " $3 }
+        $1 == "chain" { chain = $2; input = closed = 0 }
+        /hook input/ { input = 1; closed = /policy drop/ }
+        $1 == "drop" || $1 == "reject" { closed = 1 }
+        $1 == "}" && input && closed { print table, chain; input = 0 }'
+}
+
+firewall_commands() { # PORTS PROTOCOL: what opens them, unless they are open
+    case $FIREWALL in
+    ufw)
+        ports=$(say "$1" | tr - :)/$2
+        ufw status | grep -q "^$ports " || say "ufw allow $ports"
+        ;;
+    firewalld)
+        firewall-cmd -q --permanent --query-port="$1/$2" ||
+            say "firewall-cmd -q --permanent --add-port=$1/$2"
+        ;;
+    uci)
+        rule=firewall.rustdesk_$2_$(say "$1" | tr - _)
+        uci -q get "$rule" >/dev/null || printf "uci set $rule%s\n" =rule .src=wan \
+            ".name=rustdesk-$2-$1" ".proto=$2" ".dest_port=$1" .target=ACCEPT
+        ;;
+    nftables)
+        closed_chains | while read -r chain; do
+            # shellcheck disable=SC2086
+            nft list chain $chain | grep -q "$2 dport $1 accept" ||
+                say "nft insert rule $chain $2 dport $1 accept"
+        done
+        ;;
+    esac
 }
 
 # -- removing -------------------------------------------------------------------------
 
 do_uninstall() {
-    remove_service
+    if [ "$LIVE" ] && [ "$WAS_INSTALLED" ]; then
+        [ "$KIND" != cron ] || find_python
+        note "stop: $NAME"
+        service stop || warn "it could not be stopped; going on"
+    fi
+    service remove
+    take_away "$ROOT$PROGRAM" "$ROOT$PROGRAM.previous" "$ROOT$PROGRAM.new"
     if [ "$CHANGES" -eq 0 ]; then
         say "nothing was installed here"
-    elif [ -d "$HOME_DIR" ]; then
+    elif [ -d "$HOME_DIR" ] && [ "$ACTION" = uninstall ]; then
         say "Key and devices stay in $HOME_DIR, with the user $SERVICE_USER (--purge" \
             "removes them)"
     fi
-}
-
-remove_service() {
-    if [ "$LIVE" ] && [ "$WAS_INSTALLED" ]; then
-        note "stop: $NAME"
-        [ "$KIND" != cron ] || find_python
-        control stop || warn "it could not be stopped; going on"
-        [ "$KIND" != systemd ] || run systemctl disable -q $NAME
-    fi
-    case $KIND in
-    systemd)
-        take_away "$ROOT/etc/systemd/system/multi-user.target.wants/$NAME.service"
-        ;;
-    openrc) take_away "$ROOT/etc/runlevels/default/$NAME" ;;
-    procd)
-        take_away "$ROOT/etc/rc.d/S95$NAME" "$ROOT/etc/rc.d/K10$NAME" \
-            "$ROOT/lib/upgrade/keep.d/$NAME"
-        ;;
-    cron) [ ! "$WAS_INSTALLED" ] || write_crontab '' ;;
-    esac
-    take_away "$SERVICE_FILE" "$ROOT$PROGRAM" "$ROOT$PROGRAM.previous" \
-        "$ROOT$PROGRAM.new"
-    [ "$KIND$LIVE" != systemd1 ] || [ "$CHANGES" -eq 0 ] || run systemctl daemon-reload
 }
 
 do_purge() {
@@ -1294,48 +1083,40 @@ do_purge() {
             [ -e "$HOME_DIR/peers.jsonl" ] || [ ! "$(ls -A "$HOME_DIR")" ] ||
             fail "nothing was removed: $HOME_DIR does not look like a state directory"
         say "This deletes the key and every device in $HOME_DIR:"
-        # shellcheck disable=SC2012
-        ls -A "$HOME_DIR" | sed 's/^/  /'
+        ls -A "$HOME_DIR"
         say "Clients that know the key will not trust another. There is no way back."
-        if [ ! "$DRY" ]; then
-            ask 'To delete it all, type the word purge:'
-            [ "$ANSWER" = purge ] ||
-                fail "the word was not typed: nothing was removed"
-        fi
+        [ "$DRY" ] || ask 'To delete it all, type the word purge:'
+        [ "$DRY" ] || [ "$ANSWER" = purge ] ||
+            fail "the word was not typed: nothing was removed"
     fi
-    remove_service
+    do_uninstall
     [ ! -d "$HOME_DIR" ] || run rm -rf "$HOME_DIR"
-    if [ "$SERVICE_USER" = $NAME ] && [ "$(id -u)" -eq 0 ] && [ ! "$ROOT" ] &&
-        id $NAME >/dev/null 2>&1; then
-        if have userdel; then
-            run userdel $NAME
-        elif have deluser; then
-            run deluser $NAME
-        else
-            warn "the user $NAME stays; take its line out of /etc/passwd"
-        fi
+    [ "$SERVICE_USER" = $NAME ] && [ "$AS_ROOT" ] && [ "$(ids)" ] || return 0
+    if have userdel; then
+        run userdel $NAME
+    elif have deluser; then
+        run deluser $NAME
+    else
+        warn "the user $NAME stays; take its line out of /etc/passwd"
     fi
-    [ "$CHANGES" -gt 0 ] || say "nothing was installed here"
 }
 
 # -- the Debian package ---------------------------------------------------------------
 
 do_package() {
-    have dpkg-deb || fail "nothing was built: there is no dpkg-deb here"
+    [ "$PACKAGE" = deb ] || refuse "--package knows deb only"
+    have dpkg-deb || refuse "there is no dpkg-deb here"
     find_python
     get_source
-    PREFIX=/usr STATE=/var/lib/$NAME SERVICE_USER=$NAME PROGRAM=/usr/bin/$FILE LOW=''
+    PREFIX=/usr STATE=/var/lib/$NAME SERVICE_USER=$NAME PROGRAM=/usr/bin/$FILE
     SERVICE_PYTHON=/usr/bin/python3
     package=$PWD/${NAME}_${NEW_VERSION}_all.deb
-    if [ "$DRY" ]; then
-        say "would write: $package"
-        return 0
-    fi
+    note "write: $package"
+    [ ! "$DRY" ] || return 0
     make_temporary
     tree=$TEMPORARY/tree
     umask 022
     mkdir -p "$tree/DEBIAN" "$tree/usr/bin" "$tree/usr/lib/systemd/system" "$tree/etc"
-    chmod 755 "$tree"
     cp "$SOURCE" "$tree$PROGRAM"
     unit_text " -c /etc/$NAME.conf" >"$tree/usr/lib/systemd/system/$NAME.service"
     cat >"$tree/etc/$NAME.conf" <<EOF
@@ -1359,11 +1140,10 @@ Priority: optional
 Description: RustDesk ID server and relay in one Python file
  Registration, hole punching and relay for RustDesk clients.
 EOF
-    deb_script preinst "if [ -e /etc/systemd/system/$NAME.service ]; then
-    echo '$NAME: installed by install.sh already; run install.sh --uninstall first' >&2
-    echo '(key and devices stay, and this package takes them over)' >&2
+    deb_script preinst "[ ! -e /etc/systemd/system/$NAME.service ] || {
+    echo '$NAME: first run install.sh --uninstall; key and devices stay' >&2
     exit 1
-fi"
+}"
     deb_script postinst "[ \"\$1\" = configure ] || exit 0
 id $NAME >/dev/null 2>&1 || useradd --system --user-group --no-create-home \\
     --home-dir $STATE --shell /usr/sbin/nologin $NAME
@@ -1371,8 +1151,7 @@ id $NAME >/dev/null 2>&1 || useradd --system --user-group --no-create-home \\
 chown -R -h $NAME: $STATE
 cd $STATE
 runuser -u $NAME -- /usr/bin/python3 -I $PROGRAM check -c /etc/$NAME.conf || {
-    echo '$NAME: see above; what runs was not restarted.  Mend it, then:' >&2
-    echo 'dpkg --configure $NAME' >&2
+    echo '$NAME: not restarted; mend that, then dpkg --configure $NAME' >&2
     exit 1
 }
 ! command -v systemctl >/dev/null || [ \"\${2:-}\" ] || systemctl -q enable $NAME
@@ -1384,9 +1163,8 @@ runuser -u $NAME -- /usr/bin/python3 -I $PROGRAM check -c /etc/$NAME.conf || {
 case \$1 in remove | purge)
     [ ! -d $STATE ] || echo 'Key and devices stay in $STATE; rm -r deletes them.' ;;
 esac"
-    chmod 755 "$tree$PROGRAM"
-    run dpkg-deb --root-owner-group -Zgzip --build "$tree" "$package" >/dev/null
-    say "write: $package"
+    chmod 755 "$tree$PROGRAM" "$tree"
+    dpkg-deb --root-owner-group -Zgzip --build "$tree" "$package" >/dev/null
 }
 
 deb_script() { # NAME TEXT
@@ -1397,23 +1175,32 @@ deb_script() { # NAME TEXT
 # -- the beginning --------------------------------------------------------------------
 
 main() {
-    set_defaults
+    NAME=rustdesk-server FILE=rustdesk_server.py
+    NEWLINE='
+'
+    ACTION=install FROM='' SHA256='' SETS='' DRY='' IMPORT='' IMPORTING=1 REPLACE=''
+    OPEN_FIREWALL='' PYNACL=1 KIND='' GIVEN_PYTHON='' ROOT='' PREFIX='' STATE=''
+    SERVICE_USER='' SERVICE_FILE='' LIVE='' WAS_INSTALLED='' AS_ROOT='' LOW=''
+    OFFICIAL_PIDS='' OFFICIAL_UNITS='' OFFICIAL_DIR='' STOPPED_UNITS='' NOT_STARTED=''
+    CHANGES=0 RESTART='' UNIT_CHANGED='' OLD_SERVICE='' SWAP='' STOPPED='' UNDO=''
+    MARK='' TEMPORARY='' SAID_WHY='' HERE='' PYTHON_PART=$(python_part)
+    if [ -f "$0" ] && grep -q '^python_part() {' "$0"; then
+        HERE=$(cd "$(dirname "$0")" && pwd)
+    fi
     parse_options "$@"
     trap on_exit EXIT
     trap 'exit 129' HUP
     trap 'exit 130' INT
     trap 'exit 143' TERM
-    if [ "$ACTION" = package ]; then
-        do_package
-        return 0
+    if [ "$ACTION" != package ]; then
+        find_service_kind
+        find_places
     fi
-    find_rights
-    find_service_kind
-    find_places
     case $ACTION in
+    install | upgrade) do_install ;;
     uninstall) do_uninstall ;;
     purge) do_purge ;;
-    *) do_install ;;
+    package) do_package ;;
     esac
 }
 
