@@ -217,7 +217,7 @@ within() { # SECONDS COMMAND...: whether it succeeds by then
     shift
     until "$@"; do
         [ "$(date +%s)" -lt "$end" ] || return 1
-        sleep 1
+        sleep 0.2 2>/dev/null || sleep 1
     done
 }
 

@@ -12866,12 +12866,14 @@ class Installation:
             input=self.read("install.sh") if piped else answer, timeout=100,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
 
+    def arguments(self):
+        return ["--service", "cron", "--user", user_name(), "--prefix", self.prefix,
+                "--state", self.state, "--python", sys.executable, "--without-pynacl"]
+
     def install(self, *arguments, **how):
         """Run it for this place."""
         return self.run(
-            "--service", "cron", "--user", user_name(), "--prefix", self.prefix,
-            "--state", self.state, "--python", sys.executable, "--without-pynacl",
-            *([] if "--import" in arguments else ["--no-import"]), *arguments, **how)
+            *self.arguments(), *([] if "--import" in arguments else ["--no-import"]), *arguments, **how)
 
     def install_well(self, *arguments, **how):
         ended = self.install(*arguments, **how)
@@ -13012,6 +13014,69 @@ def purge_needs_the_word(place):
         assert place.read("state/id_ed25519") == SECRET
     place.install_well("--purge", answer="purge\n")
     assert not os.path.exists(place.state)
+
+
+@contextlib.contextmanager
+def upgrade_under_way(place, path):
+    """An upgrade to that file in a process group of its own, killed at the end."""
+    environment = {**clean_environment(), "TMPDIR": place.folder}
+    environment["PATH"] = place.path("fake") + ":" + environment["PATH"]
+    with subprocess.Popen(
+            [*place.shell, place.path("install.sh"), *place.arguments(), "--no-import",
+             "--upgrade", "--from", path], cwd=place.folder, env=environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            start_new_session=True) as process:
+        try:
+            yield process
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def is_whole(place, *versions):
+    """The program is one of these files, and key and devices load with it."""
+    assert place.read(place.program) in versions
+    assert place.read("state/id_ed25519") == SECRET
+    checked = run_server("check", "--json", program=place.program, directory=place.state)
+    assert checked.returncode == 0 and place.read("state/peers.jsonl").count(
+        "90000000") == 3, checked.stdout
+    return True
+
+
+@needs_installer
+def test_sigkill_at_any_moment_of_an_upgrade_leaves_what_loads_and_heals(place):
+    """The group of the installer, at random moments; the same command mends it."""
+    place.begin("--import", official_directory(place))
+    files = [place.variant("9.1"), place.variant("9.2")]
+    begun = time.monotonic()
+    place.install_well("--upgrade", "--from", files[0])
+    seconds, moments = time.monotonic() - begun, random.Random()
+    for turn in range(100 if RUN_ALL else 3):
+        old, new = (place.read(files[(turn + at) % 2]) for at in (0, 1))
+        with upgrade_under_way(place, files[(turn + 1) % 2]):
+            time.sleep(moments.uniform(0, seconds))
+        assert is_whole(place, old, new)
+        place.install_well("--upgrade", "--from", files[(turn + 1) % 2])
+        assert place.is_healthy() and is_whole(place, new)
+        assert sorted(os.listdir(os.path.dirname(place.program))) == [
+            "rustdesk_server.py", "rustdesk_server.py.previous"]
+
+
+@needs_installer
+def test_upgrade_killed_before_it_was_proven_is_rolled_back_by_the_next(place):
+    """The new program dies at its start, and nobody was left to see it."""
+    place.begin("--import", official_directory(place))
+    first = place.read("rustdesk_server.py")
+    dying = place.variant("9.8", r"(?m)^def introduce\(.*$",
+                          r'\g<0>\n    raise SystemExit("I give up")')
+    with upgrade_under_way(place, dying) as process:
+        for line in process.stdout:
+            if line.startswith("start: "):
+                break
+    assert place.read(place.program) == place.read(dying)
+    ended = place.install("--upgrade", "--from", dying)
+    assert ended.returncode and "rolled back" in ended.stdout, ended.stdout
+    assert place.is_healthy() and is_whole(place, first)
 
 
 @needs_installer
