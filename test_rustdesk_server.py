@@ -12873,7 +12873,8 @@ class Installation:
     def install(self, *arguments, **how):
         """Run it for this place."""
         return self.run(
-            *self.arguments(), *([] if "--import" in arguments else ["--no-import"]), *arguments, **how)
+            *self.arguments(),
+            *([] if "--import" in arguments else ["--no-import"]), *arguments, **how)
 
     def install_well(self, *arguments, **how):
         ended = self.install(*arguments, **how)
@@ -13037,9 +13038,9 @@ def is_whole(place, *versions):
     """The program is one of these files, and key and devices load with it."""
     assert place.read(place.program) in versions
     assert place.read("state/id_ed25519") == SECRET
-    checked = run_server("check", "--json", program=place.program, directory=place.state)
-    assert checked.returncode == 0 and place.read("state/peers.jsonl").count(
-        "90000000") == 3, checked.stdout
+    checked = run_server("check", program=place.program, directory=place.state)
+    assert checked.returncode == 0, checked.stdout
+    assert place.read("state/peers.jsonl").count("90000000") == 3
     return True
 
 
@@ -13436,7 +13437,8 @@ def debian_root(tmp_path_factory):
     if made.returncode:
         pytest.skip("debootstrap failed: " + made.stdout[-300:])
     for unit in ("systemd-udevd", "systemd-udev-trigger", "systemd-modules-load",
-                 "systemd-sysctl", "systemd-logind", "console-getty"):
+                 "systemd-sysctl", "systemd-logind", "console-getty", "firewalld",
+                 "ufw"):
         os.symlink("/dev/null", f"{root}/etc/systemd/system/{unit}.service")
     yield root
     shutil.rmtree(root)
@@ -13526,6 +13528,264 @@ def test_life_in_a_busybox_root(place):
     fill_root(place, root, "HOW='--service cron'\n" + LIFE)
     said = live(root, ENTER)
     assert "IT LIVED WELL" in said, said[-4000:]
+
+
+# -- firewalls, with somebody outside of them --
+
+#: Which of the six TCP ports answer, and whether a registration by UDP does.
+REACH = """import socket, sys
+port, found = int(sys.argv[1]), []
+for at in range(port - 2, port + 4):
+    with socket.socket() as link:
+        link.settimeout(0.5)
+        if link.connect_ex(("10.99.0.1", at)) == 0:
+            found.append(str(at - port))
+with socket.socket(type=socket.SOCK_DGRAM) as link:
+    link.settimeout(0.5)
+    try:
+        link.sendto(bytes.fromhex("320b0a0977616c6c3132333435"), ("10.99.0.1", port))
+        found.append("udp" * bool(link.recv(100)))
+    except OSError:
+        pass
+print(*found)
+"""
+
+#: $WALL raises a firewall and $RULES prints it; $HOW is for the installer.
+FIREWALL_LIFE = r"""
+set -eu
+ip link set lo up
+unshare -n sleep 100 &
+outside=$!
+sleep 0.5
+ip link add inner type veth peer name outer
+ip link set outer netns $outside
+ip addr add 10.99.0.1/24 dev inner
+ip link set inner up
+nsenter -t $outside -n ip addr add 10.99.0.2/24 dev outer
+nsenter -t $outside -n ip link set outer up
+reached() { echo "$1: $(nsenter -t $outside -n $PYTHON reach.py $PORT)"; }
+install() { sh install.sh --without-pynacl --no-import $HOW "$@" >said 2>&1 ||
+    { cat said; exit 1; }; }
+eval "$WALL" >/dev/null
+install --set port=$PORT
+cat said
+reached closed
+install --open-firewall
+reached open
+eval "$RULES" >before
+install --open-firewall
+cat said
+eval "$RULES" | cmp - before
+kill $outside
+echo IT LIVED WELL
+"""
+
+NFTABLES_WALL = r"""nft -f - <<END
+table inet filter { chain input { type filter hook input priority 0; policy drop;
+    iif lo accept; ct state established accept; }; }
+table ip own { chain arriving { type filter hook input priority 5; policy accept;
+    iif lo accept; ct state established accept; drop; }; }
+table ip watch { chain input { type filter hook input priority -1; policy accept;
+    ip saddr 192.0.2.9 drop; }; }
+END"""
+
+FIREWALLD_WALL = r"""mkdir -p /run/dbus
+dbus-daemon --system --fork
+firewalld --nofork --nopid &
+for second in 1 2 3 4 5 6 7 8 9; do sleep 1; ! firewall-cmd --state || break; done"""
+
+
+def live_behind(place, wall, rules, how, root=""):
+    """Run FIREWALL_LIFE in a root directory or here, in namespaces of its own."""
+    settings = dict(WALL=wall, RULES=rules, HOW=how, PORT=str(place.port),
+                    PYTHON="python3" if root else sys.executable)
+    where = os.path.join(root, "src") if root else place.folder
+    place.write(os.path.join(where, "reach.py"), REACH)
+    place.write(os.path.join(where, "wall"), "cd /src\n" * bool(root) + FIREWALL_LIFE)
+    enter = (f"mount -t proc proc {root}/proc; exec chroot {root} sh /src/wall" if root
+             else "mount -t proc proc /proc; exec sh ./wall")
+    ended = subprocess.run(
+        ["unshare", "-m", "-n", "-p", "-f", "--kill-child", "sh", "-c", enter],
+        cwd=where, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, timeout=100, text=True,
+        env={"PATH": place.path("fake") + ":/usr/sbin:/usr/bin:/sbin:/bin", **settings})
+    return ended.stdout
+
+
+def opened_once(said, port, command):
+    """Closed before, open after, and what did it was printed first and run once."""
+    assert "IT LIVED WELL" in said, said
+    assert re.search(r"(?m)^closed: $", said), said
+    assert re.search(r"(?m)^open: -2 -1 0 1 2 3 udp$", said), said
+    first, second = said.split("open: ")
+    assert command in first and "nothing was changed" in second, said
+
+
+@whole_systems
+@needs_installer
+@pytest.mark.skipif(not shutil.which("nft") or not shutil.which("ip"),
+                    reason="no nft or no ip")
+def test_nftables_lets_clients_in_after_open_firewall_and_only_then(place):
+    """Through two chains that drop; one that drops only its own is left alone."""
+    said = live_behind(place, NFTABLES_WALL, "nft list ruleset",
+                       " ".join(place.arguments()))
+    port = place.port
+    opened_once(said, port, "nft insert rule inet filter input tcp dport "
+                            f"{port - 2}-{port + 3} accept")
+    assert f"nft insert rule ip own arriving udp dport {port} accept" in said
+    assert "rule ip watch" not in said
+
+
+@pytest.fixture(scope="session")
+def walled_root(debian_root):
+    """The Debian with ufw and firewalld."""
+    made = subprocess.run(
+        ["chroot", debian_root, "env", "DEBIAN_FRONTEND=noninteractive", "apt-get",
+         "install", "-qy", "--no-install-recommends", "ufw", "firewalld", "dbus",
+         "iproute2", "libpam-systemd"], stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True)
+    if made.returncode:
+        pytest.skip("no ufw and firewalld: " + made.stdout[-300:])
+    return debian_root
+
+
+@slow
+@whole_systems
+@needs_installer
+@pytest.mark.parametrize("wall, rules, command", [
+    ("ufw --force enable", "cat /etc/ufw/user.rules", "ufw allow {}:{}/tcp"),
+    (FIREWALLD_WALL, "cat /etc/firewalld/zones/public.xml",
+     "firewall-cmd -q --permanent --add-port={}-{}/tcp"),
+], ids=["ufw", "firewalld"])
+def test_real_firewall_lets_clients_in_after_open_firewall_and_only_then(
+        place, walled_root, wall, rules, command):
+    fill_root(place, walled_root, "")
+    said = live_behind(place, wall, rules, "--service cron", walled_root)
+    opened_once(said, place.port, command.format(place.port - 2, place.port + 3))
+
+
+# -- OpenWrt --
+
+#: Does as procd's part of /etc/rc.common: sources the script that it is given, calls
+#: its functions, notes each procd_ call, and starts the command as the user.
+FAKE_RC_COMMON = r"""#!/bin/sh
+note() { echo "$@" >>/procd-calls; }
+procd_open_instance() { note open; }
+procd_set_param() {
+    note "$@"
+    case $1 in
+    command) shift; command=; for word in "$@"; do command="$command '$word'"; done ;;
+    user) user=$2 ;;
+    esac
+}
+procd_close_instance() {
+    note close
+    eval "set -- $command"
+    start-stop-daemon -S -b -m -p /procd-pid -c $user -x "$1" -- -c "$3"
+}
+procd_send_signal() { note signal "$@"; }
+. "$1"
+case $2 in
+start) start_service ;;
+stop) kill "$(cat /procd-pid)"; rm /procd-pid ;;
+reload) reload_service ;;
+esac
+"""
+
+#: Does as uci with one file: `set` refuses an option of a section that is not there,
+#: and nothing is in the file before `commit`.
+FAKE_UCI = r"""#!/bin/sh
+staged=/tmp/uci-staged
+[ "$1" != -q ] || shift
+case $1 in
+get)
+    { cat /etc/config/firewall $staged 2>/dev/null; } |
+        grep -qx "config [a-z]* '${2#firewall.}'" ;;
+set)
+    path=${2%%=*} value=${2#*=}
+    case $path in
+    firewall.*.*)
+        section=${path#firewall.}
+        grep -qx "config rule '${section%.*}'" $staged || exit 1
+        printf "\toption %s '%s'\n" "${path##*.}" "$value" >>$staged ;;
+    *) printf "\nconfig %s '%s'\n" "$value" "${path#firewall.}" >>$staged ;;
+    esac ;;
+commit) [ "$2" = firewall ] && cat $staged >>/etc/config/firewall && rm $staged ;;
+esac
+"""
+
+OPENWRT_LIFE = r"""
+set -eux
+cd /src
+healthy() { python3 -c 'import socket as s, sys
+link = s.create_connection(("127.0.0.1", 21116), 2)
+link.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+sys.exit(b" 200 " not in link.recv(99))'; }
+install() { sh install.sh --without-pynacl --no-import "$@" >said 2>&1 ||
+    { cat said; exit 1; }; }
+state=/etc/rustdesk-server
+install
+cat said
+cp /etc/config/firewall closed
+healthy
+ls -ld $state | grep "^drwx------ .* rustdesk"
+[ "$(find / -xdev -name 'id_ed25519' ! -path '/src/*')" = $state/id_ed25519 ]
+for file in $(cat /lib/upgrade/keep.d/rustdesk-server); do [ -e $file ]; done
+grep -x $state /lib/upgrade/keep.d/rustdesk-server
+[ -x /etc/rc.d/S95rustdesk-server ] && [ -x /etc/rc.d/K10rustdesk-server ]
+cmp /etc/config/firewall closed
+cp /procd-calls first
+install --open-firewall
+grep "run: uci commit firewall" said
+cp /etc/config/firewall open
+install --open-firewall
+grep "nothing was changed" said
+cmp /etc/config/firewall open
+cmp /procd-calls first
+/etc/init.d/rustdesk-server reload
+install --upgrade --from good.py
+healthy
+install --uninstall
+! healthy || exit 1
+[ -f $state/id_ed25519 ] && [ ! -e /etc/init.d/rustdesk-server ]
+[ ! -e /lib/upgrade/keep.d/rustdesk-server ] && [ -z "$(ls /etc/rc.d)" ]
+"""
+
+
+@whole_systems
+@needs_installer
+@pytest.mark.skipif(not shutil.which("busybox"), reason="no busybox")
+@pytest.mark.skipif(not os.path.exists("/usr/bin/python3"), reason="no Python to copy")
+def test_life_with_procd_and_uci_keeps_key_and_devices_on_flash(place):
+    """OpenWrt's procd and uci cannot be had here: two scripts stand in for them.
+
+    The shell and the tools are BusyBox's.  What the init script tells procd, and the
+    file that uci is to write, are compared with what OpenWrt documents.
+    """
+    root = place.path("openwrt")
+    busybox_root(root, shutil.which("busybox"))
+    for name, text in (("etc/rc.common", FAKE_RC_COMMON), ("usr/bin/uci", FAKE_UCI),
+                       ("sbin/procd", ""), ("etc/config/firewall", "config defaults\n"),
+                       ("etc/init.d/firewall", "#!/bin/sh\n[ $1 = reload ]\n")):
+        place.write(os.path.join(root, name), text, 0o755)
+    fill_root(place, root, OPENWRT_LIFE)
+    said = live(root, ENTER)
+    assert "IT LIVED WELL" in said, said[-4000:]
+    program = "/usr/bin/python3 -I /usr/bin/rustdesk_server.py"
+    calls = place.read(os.path.join(root, "procd-calls"))
+    assert calls.startswith(
+        "open\ncommand /bin/sh -c umask 077; cd /etc/rustdesk-server && exec "
+        f"{program}\nuser rustdesk-server\nrespawn 3600 5 0\n"
+        "limits nofile=65536 65536\nterm_timeout 20\nstdout 1\nstderr 1\nclose\n"
+        "signal rustdesk-server * HUP\n")
+    rules = place.read(os.path.join(root, "etc/config/firewall"))
+    for protocol, ports in (("tcp", "21114-21119"), ("udp", "21116")):
+        assert rules.count(
+            f"config rule 'rustdesk_{protocol}_{ports.replace('-', '_')}'\n"
+            f"\toption src 'wan'\n\toption name 'rustdesk-{protocol}-{ports}'\n"
+            f"\toption proto '{protocol}'\n\toption dest_port '{ports}'\n"
+            "\toption target 'ACCEPT'\n") == 1, rules
+
 
 # == 21. Command line ==========================================================
 #
