@@ -7,6 +7,7 @@
 # The state directory belongs to the service's user, so what is written in it is
 # written as that user.  Files are written beside their place and then moved there: a
 # run that is killed leaves each old or new, and a mark by which the next one knows.
+# shellcheck disable=SC2317,SC2329  # some are called by name: on_..., within
 set -eu
 
 usage() {
@@ -32,9 +33,8 @@ Installs rustdesk_server.py as a service.  Safe to run again: changes only what 
   --service KIND        systemd, openrc, procd or cron, instead of what is found
   --python PATH         the Python to run it with
   --user NAME           the service's user (rustdesk-server)
-  --prefix DIR          the program goes to DIR/bin (/usr/local)
-  --state DIR           key and devices (/var/lib/rustdesk-server;
-                        OpenWrt: /etc/rustdesk-server, which is flash)
+  --prefix DIR          the program goes to DIR/bin (/usr/local; OpenWrt: /usr)
+  --state DIR           key and devices (/var/lib/rustdesk-server; OpenWrt: in /etc)
   --root DIR            install into the file system at DIR, start nothing
 EOF
 }
@@ -104,13 +104,12 @@ make_temporary() {
     [ "$TEMPORARY" ] || TEMPORARY=$(mktemp -d "${TMPDIR:-/tmp}/rustdesk-install.XXXXXX")
 }
 
-# shellcheck disable=SC2317,SC2329  # called by a trap
 on_exit() {
     status=$?
     trap - EXIT HUP INT TERM
     if [ "$status" -ne 0 ]; then
         [ "$SAID_WHY" ] || warn "stopped by what is said above: mend it, run this again"
-        [ ! "$UNDO" ] || roll_back
+        [ ! "$UNDO" ] || [ "$ROOT" ] || roll_back
         # shellcheck disable=SC2086
         [ ! "$STOPPED_UNITS" ] || systemctl enable --now $STOPPED_UNITS ||
             warn "the official server does not start again: $STOPPED_UNITS"
@@ -137,23 +136,22 @@ def run_as(owner, directory, *command):
     os.chdir(directory)
     os.execve(command[0], command, {"PATH": os.environ["PATH"], "HOME": directory})
 
-def start_as(*arguments):
-    """The same, without a service manager: it outlives this terminal."""
-    os.setsid()
-    run_as(*arguments)
-
 def whole(path):
     """The version of a file that is all of rustdesk_server.py, without running it."""
     with open(path, encoding="utf-8") as file:
         text = file.read()
     version = re.search(r"(?m)^VERSION = \"([\w.+~-]+)\"", text)
-    if not version or "\nif __name__ == " not in text:
-        sys.exit("it is not a whole rustdesk_server.py")
     try:
         compile(text, path, "exec")
     except SyntaxError as error:
-        sys.exit("it is not a whole rustdesk_server.py: %s" % error)
+        sys.exit(str(error))
+    if not version or "\nif __name__ == " not in text:
+        sys.exit("it is not a whole rustdesk_server.py")
     print(version.group(1))
+
+def start_as(*arguments): # it is to outlive this terminal
+    os.setsid()
+    run_as(*arguments)
 
 def name_of(line):
     return re.split("[=:]", line)[0].strip().lower().replace("-", "_")
@@ -265,7 +263,11 @@ take_option() { # OPTION VALUE
 }
 
 add_setting() { # NAME=VALUE
-    case $1 in *"$NEWLINE"*) refuse "--set wants one line" ;; *=*) ;; *) set -- '' ;; esac
+    case $1 in
+    *"$NEWLINE"*) refuse "--set wants one line" ;;
+    *=*) ;;
+    *) refuse "--set wants name=value" ;;
+    esac
     case ${1%%=*} in '' | *[!A-Za-z0-9_-]*) refuse "--set wants name=value" ;; esac
     SETS=$SETS$1$NEWLINE
 }
@@ -403,16 +405,13 @@ get_source() { # SOURCE: a whole rustdesk_server.py, and NEW_VERSION, what it sa
         say "fetch: $FROM"
         fetch "$FROM" "$SOURCE" || refuse "cannot fetch $FROM"
         ;;
-    '')
-        [ "$HERE" ] || refuse "say where $FILE is, with --from URL|PATH"
-        SOURCE=$HERE/$FILE
-        ;;
+    '') SOURCE=${HERE:+$HERE/$FILE} ;;
     *)
         SOURCE=$FROM
         [ ! -d "$SOURCE" ] || SOURCE=$SOURCE/$FILE
         ;;
     esac
-    [ -f "$SOURCE" ] || refuse "there is no $SOURCE (see --from)"
+    [ -f "$SOURCE" ] || refuse "there is no ${SOURCE:-$FILE here} (see --from)"
     [ ! "$SHA256" ] || say "$SHA256  $SOURCE" | sha256sum -c >/dev/null 2>&1 ||
         refuse "$SOURCE does not have the checksum of --sha256"
     NEW_VERSION=$(helper whole "$SOURCE") || refuse "$SOURCE is broken"
@@ -581,6 +580,7 @@ install_pynacl() {
     fi
     find_packager
     [ "$NACL" ] && [ "$SERVICE_PYTHON" = /usr/bin/python3 ] || return 0
+    [ "$packager" != apt-get ] || ADD='apt-get -o Acquire::Retries=0 install -y'
     say "${DRY:+would }run: $ADD $NACL"
     # shellcheck disable=SC2086
     [ "$DRY" ] || DEBIAN_FRONTEND=noninteractive $ADD $NACL \
@@ -590,14 +590,7 @@ install_pynacl() {
 
 # -- the service: install, start, stop, log, remove, for each manager -----------------
 
-service() { # VERB
-    case $KIND in
-    systemd) on_systemd "$1" ;;
-    openrc) on_openrc "$1" ;;
-    procd) on_procd "$1" ;;
-    cron) on_cron "$1" ;;
-    esac
-}
+service() { "on_$KIND" "$1"; }
 
 on_systemd() {
     wants=$ROOT/etc/systemd/system/multi-user.target.wants/$NAME.service
@@ -607,8 +600,8 @@ on_systemd() {
         link "/etc/systemd/system/$NAME.service" "$wants"
         [ ! "$UNIT_CHANGED" ] || [ ! "$LIVE" ] || systemctl daemon-reload
         ;;
-    start) systemctl start --no-block $NAME ;;
-    stop) systemctl stop $NAME ;;
+    start) systemctl start --no-block "$NAME" ;;
+    stop) systemctl stop "$NAME" ;;
     log) say "journalctl -u $NAME -n 30" ;;
     remove)
         take_away "$wants" "$SERVICE_FILE"
@@ -623,7 +616,7 @@ on_openrc() {
         put "$SERVICE_FILE" 755 "$(openrc_text)"
         link "/etc/init.d/$NAME" "$ROOT/etc/runlevels/default/$NAME"
         ;;
-    start | stop) rc-service -q $NAME "$1" ;;
+    start | stop) rc-service -q "$NAME" "$1" ;;
     log) say "tail $STATE/server.log" ;;
     remove) take_away "$ROOT/etc/runlevels/default/$NAME" "$SERVICE_FILE" ;;
     esac
@@ -652,7 +645,7 @@ $PROGRAM
 
 on_cron() { # no service manager: a line of crontab, and a number in server.pid
     case $1 in
-    install) write_crontab "$(cron_text)" ;;
+    install) write_crontab "@reboot $(cron_command) $(record)" ;;
     start)
         as_user /bin/rm -f server.pid
         "$PYTHON" -I -c "$PYTHON_PART" start_as "${AS_ROOT:+$(ids)}" "$STATE" \
@@ -679,8 +672,6 @@ cron_command() {
     say "cd $STATE && umask 077 && echo \$\$ >server.pid && exec $SERVICE_PYTHON -I" \
         "$PROGRAM --log-file server.log >/dev/null 2>start.log"
 }
-
-cron_text() { say "@reboot $(cron_command) $(record)"; }
 
 crontab_of() { # ARGUMENT...: crontab, for the service's user
     if [ "${SERVICE_USER:=$NAME}" = "$(id -un)" ]; then
@@ -896,10 +887,8 @@ write_service() {
 }
 
 is_healthy() { [ "$(helper probe "$ADDRESS" "$PORT")" = healthy ]; }
-
 is_free() { [ "$(helper probe "$ADDRESS" "$PORT")" = free ]; }
 
-# shellcheck disable=SC2317,SC2329  # called by `within`
 is_steady() { # twice in a row, since a crash loop is healthy now and then
     if is_healthy && sleep 1 && is_healthy; then return 0; fi
     if [ "$KIND" = cron ] && [ -f "$STATE/server.pid" ]; then # dead, not just born?
@@ -935,7 +924,6 @@ restart_service() {
         "not answer /healthz. See: $(service log)"
 }
 
-# shellcheck disable=SC2317,SC2329  # called by on_exit
 roll_back() { # program, settings and service as they were, and running
     for what in $UNDO; do
         case $what in
@@ -966,11 +954,8 @@ roll_back() { # program, settings and service as they were, and running
 }
 
 show_result() {
-    if [ "$CHANGES" -eq 0 ]; then
-        say "everything is as it should be: nothing was changed"
-    elif [ "$DRY" ]; then
-        say "dry run: nothing was changed"
-    fi
+    [ "$CHANGES" -gt 0 ] || say "everything is as it should be: nothing was changed"
+    [ ! "$DRY" ] || say "dry run: nothing was changed"
     [ ! -f "$HOME_DIR/id_ed25519.pub" ] || cat <<EOF
 In every RustDesk client: Settings, Network, ID/Relay server
   ID server: the public name or address of this machine
@@ -990,32 +975,23 @@ EOF
 show_firewall() {
     [ ! "$ROOT" ] || return 0
     find_firewall
-    commands=$(for ports in $TCP_PORTS; do
-        firewall_commands "$ports" tcp
-    done
-    firewall_commands "$PORT" udp)
-    [ "$commands" ] || return 0
-    case $FIREWALL in
-    firewalld) commands="$commands${NEWLINE}firewall-cmd -q --reload" ;;
-    uci) commands="$commands${NEWLINE}uci commit firewall
-/etc/init.d/firewall reload" ;;
-    esac
-    if [ ! "$OPEN_FIREWALL" ]; then
+    commands=$(firewall_commands)
+    if [ "$commands" ] && [ ! "$OPEN_FIREWALL" ]; then
         say "The firewall ($FIREWALL) is opened by these, or by --open-firewall:"
         say "$commands" | sed 's/^/  /'
-        return 0
+    elif [ "$commands" ]; then
+        CHANGES=$((CHANGES + 1))
+        say "$commands" | while read -r command; do
+            # shellcheck disable=SC2086
+            run $command </dev/null
+        done
+        [ "$FIREWALL" != nftables ] ||
+            say "nftables forgets this at a restart: put it into /etc/nftables.conf too"
     fi
-    CHANGES=$((CHANGES + 1))
-    say "$commands" | while read -r command; do
-        # shellcheck disable=SC2086
-        run $command </dev/null
-    done
-    [ "$FIREWALL" != nftables ] ||
-        say "nftables forgets this at a restart: put it into /etc/nftables.conf too"
 }
 
 find_firewall() {
-    FIREWALL=''
+    FIREWALL=none
     if have ufw && ufw status 2>/dev/null | grep -q '^Status: active'; then
         FIREWALL=ufw
     elif have firewall-cmd && firewall-cmd --state >/dev/null 2>&1; then
@@ -1027,6 +1003,44 @@ find_firewall() {
     fi
 }
 
+firewall_commands() { # what opens the ports that are not open
+    for ports in $TCP_PORTS; do
+        "open_$FIREWALL" "$ports" tcp
+    done
+    "open_$FIREWALL" "$PORT" udp
+}
+
+open_none() { :; }
+
+open_ufw() { # PORTS PROTOCOL
+    ports=$(say "$1" | tr - :)/$2
+    ufw status | grep -q "^$ports " || say "ufw allow $ports"
+}
+
+open_firewalld() {
+    for how in --permanent ''; do
+        # shellcheck disable=SC2086
+        firewall-cmd -q $how --query-port="$1/$2" ||
+            say "firewall-cmd -q${how:+ $how} --add-port=$1/$2"
+    done
+}
+
+open_uci() {
+    rule=firewall.rustdesk_$2_$(say "$1" | tr - _)
+    ! uci -q get "$rule" >/dev/null || return 0
+    printf "uci set $rule%s\n" =rule .src=wan ".name=rustdesk-$2-$1" ".proto=$2" \
+        ".dest_port=$1" .target=ACCEPT
+    say "uci commit firewall${NEWLINE}/etc/init.d/firewall reload"
+}
+
+open_nftables() {
+    closed_chains | while read -r chain; do
+        # shellcheck disable=SC2086
+        nft list chain $chain | grep -q "$2 dport $1 accept" ||
+            say "nft insert rule $chain $2 dport $1 accept"
+    done
+}
+
 closed_chains() { # "family table chain" of each that drops what comes in
     nft list ruleset 2>/dev/null | awk '
         $1 == "table" { table = $2 " " $3 }
@@ -1034,31 +1048,6 @@ closed_chains() { # "family table chain" of each that drops what comes in
         /hook input/ { input = 1; closed = /policy drop/ }
         $1 == "drop" || $1 == "reject" { closed = 1 }
         $1 == "}" && input && closed { print table, chain; input = 0 }'
-}
-
-firewall_commands() { # PORTS PROTOCOL: what opens them, unless they are open
-    case $FIREWALL in
-    ufw)
-        ports=$(say "$1" | tr - :)/$2
-        ufw status | grep -q "^$ports " || say "ufw allow $ports"
-        ;;
-    firewalld)
-        firewall-cmd -q --permanent --query-port="$1/$2" ||
-            say "firewall-cmd -q --permanent --add-port=$1/$2"
-        ;;
-    uci)
-        rule=firewall.rustdesk_$2_$(say "$1" | tr - _)
-        uci -q get "$rule" >/dev/null || printf "uci set $rule%s\n" =rule .src=wan \
-            ".name=rustdesk-$2-$1" ".proto=$2" ".dest_port=$1" .target=ACCEPT
-        ;;
-    nftables)
-        closed_chains | while read -r chain; do
-            # shellcheck disable=SC2086
-            nft list chain $chain | grep -q "$2 dport $1 accept" ||
-                say "nft insert rule $chain $2 dport $1 accept"
-        done
-        ;;
-    esac
 }
 
 # -- removing -------------------------------------------------------------------------
@@ -1070,7 +1059,8 @@ do_uninstall() {
         service stop || warn "it could not be stopped; going on"
     fi
     service remove
-    take_away "$ROOT$PROGRAM" "$ROOT$PROGRAM.previous" "$ROOT$PROGRAM.new"
+    take_away "$ROOT$PROGRAM" "$ROOT$PROGRAM.previous" "$ROOT$PROGRAM.new" \
+        "$ROOT$PROGRAM.unproven"
     if [ "$CHANGES" -eq 0 ]; then
         say "nothing was installed here"
     elif [ -d "$HOME_DIR" ] && [ "$ACTION" = uninstall ]; then
@@ -1094,13 +1084,10 @@ do_purge() {
     do_uninstall
     [ ! -d "$HOME_DIR" ] || run rm -rf "$HOME_DIR"
     [ "$SERVICE_USER" = $NAME ] && [ "$AS_ROOT" ] && [ "$(ids)" ] || return 0
-    if have userdel; then
-        run userdel $NAME
-    elif have deluser; then
-        run deluser $NAME
-    else
-        warn "the user $NAME stays; take its line out of /etc/passwd"
-    fi
+    for tool in userdel deluser; do
+        if have $tool; then run $tool $NAME && return; fi
+    done
+    warn "the user $NAME stays; take its line out of /etc/passwd"
 }
 
 # -- the Debian package ---------------------------------------------------------------
@@ -1122,12 +1109,7 @@ do_package() {
     cp "$SOURCE" "$tree$PROGRAM"
     unit_text " -c /etc/$NAME.conf" >"$tree/usr/lib/systemd/system/$NAME.service"
     cat >"$tree/etc/$NAME.conf" <<EOF
-# Settings of rustdesk_server.py, one \`name = value\` a line (see --help).  They win
-# over those in $STATE/.env.  For a port below 1024, 'systemctl edit $NAME':
-#   [Service]
-#   CapabilityBoundingSet=CAP_NET_BIND_SERVICE
-#   AmbientCapabilities=CAP_NET_BIND_SERVICE
-#   PrivateUsers=no
+# Settings of rustdesk_server.py, one \`name = value\` a line (see --help)
 EOF
     say "/etc/$NAME.conf" >"$tree/DEBIAN/conffiles"
     cat >"$tree/DEBIAN/control" <<EOF
