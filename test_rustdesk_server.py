@@ -13390,9 +13390,19 @@ StandardError=inherit
 WantedBy=default.target
 """
 
+def namespaces_run(*command):
+    """Whether the command succeeds here in namespaces of its own."""
+    if not sys.platform.startswith("linux") or os.getuid() or not all(
+            map(shutil.which, ("unshare", command[0]))):
+        return False
+    return subprocess.run(
+        ["unshare", "-m", "-n", "-p", "-f", *command], stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode == 0
+
+
 whole_systems = pytest.mark.skipif(
-    not sys.platform.startswith("linux") or os.getuid() != 0
-    or not shutil.which("unshare"), reason="needs root and unshare")
+    not namespaces_run("mount", "-t", "proc", "proc", "/proc"),
+    reason="needs root, unshare and a kernel that lets it")
 
 
 def fill_root(place, root, life):
@@ -13624,8 +13634,8 @@ def opened_once(said, port, command):
 
 @whole_systems
 @needs_installer
-@pytest.mark.skipif(not shutil.which("nft") or not shutil.which("ip"),
-                    reason="no nft or no ip")
+@pytest.mark.skipif(not namespaces_run("nft", "add", "table", "inet", "filter")
+                    or not shutil.which("ip"), reason="no nft or no ip")
 def test_nftables_lets_clients_in_after_open_firewall_and_only_then(place):
     """Through two chains that drop; one that drops only its own is left alone."""
     said = live_behind(place, NFTABLES_WALL, "nft list ruleset",
