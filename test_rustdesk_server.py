@@ -6687,19 +6687,13 @@ def serve_whole_sessions(program, python):
         assert secure
 
 
-def other_pythons():
-    """Interpreters from the floor upwards that are here and start."""
-    for minor in range(9, 20):
-        found = shutil.which(f"python3.{minor}")
-        command = [found, "-c", "import select"]
-        if found and subprocess.run(command, capture_output=True).returncode == 0:
-            yield found
-
-
 @slow
 def test_every_python_that_is_here_serves_whole_sessions():
-    for python in other_pythons():
-        serve_whole_sessions(SERVER_FILE, python)
+    """Those from the floor upwards; the matrix brings others."""
+    for minor in range(9, 20):
+        python = python_here(f"python3.{minor}")
+        if python:
+            serve_whole_sessions(SERVER_FILE, [python])
 
 
 def test_two_processes_with_one_directory_serve_a_session():
