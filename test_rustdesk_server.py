@@ -17,11 +17,11 @@
 """The tests of rustdesk_server.py, their simulated clients and their harness.
 
     python3 test_rustdesk_server.py                make .venv, run the tests
-    python3 test_rustdesk_server.py --all          the slow ones too
+    python3 test_rustdesk_server.py --all          the slow ones and the matrix too
     python3 test_rustdesk_server.py -k relay -x    any arguments of pytest
 
 The sections are those of rustdesk_server.py, in its order, after the harness and
-the clients and before the house and the fuzz.  What is tested through sockets is
+the clients and before the matrix, the house and the fuzz.  What is tested through sockets is
 tested from the protocol alone: the clients have their own framing and addresses,
 and google.protobuf for their messages.
 
