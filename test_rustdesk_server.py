@@ -21,9 +21,9 @@
     python3 test_rustdesk_server.py -k relay -x    any arguments of pytest
 
 The sections are those of rustdesk_server.py, in its order, after the harness and
-the clients and before the matrix, the house and the fuzz.  What is tested through sockets is
-tested from the protocol alone: the clients have their own framing and addresses,
-and google.protobuf for their messages.
+the clients and before the matrix, the house and the fuzz.  What is tested through
+sockets is tested from the protocol alone: the clients have their own framing and
+addresses, and google.protobuf for their messages.
 
 RUSTDESK_SERVER names another file to test than the one beside this file, and
 RUSTDESK_PYTHON another Python to run it by, as a command line.  Under PyPy this
