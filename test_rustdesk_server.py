@@ -8587,6 +8587,7 @@ def register_until_killed(forker, ledger, rng, wait=0.0):
         for peer in peers:
             peer.tell("register_pk", id=peer.peer_id, uuid=peer.device_uuid,
                       pk=bytes(peer.key.verify_key))
+            time.sleep(rng.uniform(0.0, 0.001))  # or one turn would take them all
         killer.join()
     return sum(map(ledger.note, peers))
 
