@@ -13293,6 +13293,13 @@ refused --upgrade --from broken.py
 grep "rolled back" said
 healthy
 same
+for seconds in 1 2 3; do
+    setsid sh install.sh --without-pynacl $HOW --upgrade --from good.py >/dev/null 2>&1 &
+    sleep $seconds
+    kill -9 -$! || true
+    python3 -c 'compile(open("/usr/local/bin/rustdesk_server.py").read(), "", "exec")'
+    same
+done
 install --upgrade --from good.py
 grep VERSION.*9.9 /usr/local/bin/rustdesk_server.py
 healthy
