@@ -3,7 +3,7 @@
 # Copyright (c) 2026 the authors of rustdesk_server.py; MIT, see the head of that file.
 #
 # Every line belongs to a function and the last one calls main: a copy that was cut
-# short does nothing.  Read `do_install` first; a service manager is one `on_...`.
+# short does nothing.  `main` and `do_install` tell the story, top to bottom.
 # The state directory belongs to the service's user, so what is written in it is
 # written as that user.  Files are written beside their place and then moved there: a
 # run that is killed leaves each old or new, and a mark by which the next one knows.
@@ -37,6 +37,38 @@ Installs rustdesk_server.py as a service.  Safe to run again: changes only what 
   --state DIR           key and devices (/var/lib/rustdesk-server; OpenWrt: in /etc)
   --root DIR            install into the file system at DIR, start nothing
 EOF
+}
+
+# -- the beginning --------------------------------------------------------------------
+
+main() {
+    NAME=rustdesk-server FILE=rustdesk_server.py
+    NEWLINE='
+'
+    ACTION=install FROM='' SHA256='' SETS='' DRY='' IMPORT='' IMPORTING=1 REPLACE=''
+    OPEN_FIREWALL='' PYNACL=1 KIND='' GIVEN_PYTHON='' ROOT='' PREFIX='' STATE=''
+    SERVICE_USER='' SERVICE_FILE='' LIVE='' WAS_INSTALLED='' AS_ROOT='' LOW=''
+    OFFICIAL_PIDS='' OFFICIAL_UNITS='' OFFICIAL_DIR='' STOPPED_UNITS='' NOT_STARTED=''
+    CHANGES=0 RESTART='' UNIT_CHANGED='' OLD_SERVICE='' SWAP='' STOPPED='' UNDO=''
+    MARK='' TEMPORARY='' SAID_WHY='' HERE='' PYTHON_PART=$(python_part)
+    if [ -f "$0" ] && grep -q '^python_part() {' "$0"; then
+        HERE=$(cd "$(dirname "$0")" && pwd)
+    fi
+    parse_options "$@"
+    trap on_exit EXIT
+    trap 'exit 129' HUP
+    trap 'exit 130' INT
+    trap 'exit 143' TERM
+    if [ "$ACTION" != package ]; then
+        find_service_kind
+        find_places
+    fi
+    case $ACTION in
+    install | upgrade) do_install ;;
+    uninstall) do_uninstall ;;
+    purge) do_purge ;;
+    package) do_package ;;
+    esac
 }
 
 # -- saying and doing -----------------------------------------------------------------
@@ -93,11 +125,8 @@ take_away() { # FILE...: remove what is there
 ask() { # QUESTION: the answer in ANSWER; from the terminal when stdin is the script
     ANSWER=
     printf '%s ' "$1"
-    if [ "$HERE" ]; then
-        read -r ANSWER || true
-    else
-        { read -r ANSWER </dev/tty; } 2>/dev/null || true
-    fi
+    [ ! "$HERE" ] || { read -r ANSWER || true; }
+    [ "$HERE" ] || read -r ANSWER </dev/tty || true
 }
 
 make_temporary() {
@@ -119,104 +148,174 @@ on_exit() {
     exit "$status"
 }
 
-# -- what sh cannot do everywhere -----------------------------------------------------
+# -- installing and upgrading ---------------------------------------------------------
 
-python_part() {
-    cat <<'EOF'
-import os, re, socket, sys
-
-def run_as(owner, directory, *command):
-    """Run a command as UID:GID (or as it is), there, knowing nothing of here."""
-    if owner:
-        uid, gid = map(int, owner.split(":"))
-        os.setgroups([])
-        os.setgid(gid)
-        os.setuid(uid)
-    os.umask(0o077)
-    os.chdir(directory)
-    os.execve(command[0], command, {"PATH": os.environ["PATH"], "HOME": directory})
-
-def whole(path):
-    """The version of a file that is all of rustdesk_server.py, without running it."""
-    with open(path, encoding="utf-8") as file:
-        text = file.read()
-    version = re.search(r"(?m)^VERSION = \"([\w.+~-]+)\"", text)
-    try:
-        compile(text, path, "exec")
-    except SyntaxError as error:
-        sys.exit(str(error))
-    if not version or "\nif __name__ == " not in text:
-        sys.exit("it is not a whole rustdesk_server.py")
-    print(version.group(1))
-
-def start_as(*arguments): # it is to outlive this terminal
-    os.setsid()
-    run_as(*arguments)
-
-def name_of(line):
-    return re.split("[=:]", line)[0].strip().lower().replace("-", "_")
-
-def put_settings(path, wanted, dry):
-    """Put lines `name=value` before the first [section]; print which names differ."""
-    lines, differ = [], []
-    if os.path.exists(path):
-        with open(path, encoding="utf-8-sig") as file:
-            lines = file.read().splitlines()
-    end = next((i for i, line in enumerate(lines) if line.startswith("[")), len(lines))
-    head = lines[:end]
-    for name, value in (item.split("=", 1) for item in wanted.split("\n")[:-1]):
-        row = name + " = " + value.strip()
-        same = [line for line in head if name_of(line) == name_of(row)]
-        if same[-1:] != [row]:
-            head = [line for line in head if line not in same] + [row]
-            differ.append(name)
-    print(*differ)
-    for name, rows in (path + ".previous", lines), (path, head + lines[end:]):
-        if differ and not dry:
-            with open(path + ".new", "w", encoding="utf-8") as file:
-                file.write("".join(row + "\n" for row in rows))
-            os.replace(path + ".new", name)
-
-def probe(address, port):
-    """Whether /healthz is answered there: `healthy`, `taken` or `free`."""
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    with socket.socket(family) as link:
-        link.settimeout(2)
-        if link.connect_ex((address.strip("[]").encode(), int(port))):
-            return print("free")
-        try:
-            link.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
-            print("healthy" if b" 200 " in link.recv(64) else "taken")
-        except OSError:
-            print("taken")
-
-globals()[sys.argv[1]](*sys.argv[2:])
-EOF
+do_install() {
+    find_python
+    [ "$ACTION" = install ] || [ -f "$ROOT$PROGRAM" ] ||
+        refuse "there is nothing to upgrade at $ROOT$PROGRAM"
+    get_source
+    find_official
+    choose_import
+    read_ports
+    find_conflict
+    see_what_was_killed
+    make_user
+    make_state
+    save_settings
+    stage_program
+    check_program
+    replace_official
+    import_official
+    swap_program
+    install_pynacl
+    write_service
+    [ ! "$ROOT" ] || [ "$DRY" ] || make_state # the settings, too, are the user's
+    restart_service
+    show_firewall
+    show_result
 }
 
-helper() { # FUNCTION ARGUMENT...: one of the Python part
-    "$PYTHON" -I -c "$PYTHON_PART" "$@"
+find_conflict() { # somebody else on the port: install, but do not start
+    { [ "$REPLACE" ] && [ "$OFFICIAL_PIDS" ]; } || [ "$WAS_INSTALLED" ] ||
+        [ ! "$LIVE" ] || is_free ||
+        NOT_STARTED="port $PORT is in use${OFFICIAL_PIDS:+ by the official server}"
 }
 
-ids() { # uid:gid of the service's user, if there is one
-    if [ "$ROOT" ]; then
-        sed -n "s/^$SERVICE_USER:[^:]*:\([0-9]*:[0-9]*\):.*/\1/p" "$ROOT/etc/passwd"
-    elif id "$SERVICE_USER" >/dev/null 2>&1; then
-        say "$(id -u "$SERVICE_USER"):$(id -g "$SERVICE_USER")"
+see_what_was_killed() { # what an earlier run changed and did not prove healthy
+    [ "$WAS_INSTALLED" ] && [ "$LIVE" ] || return 0
+    MARK=$PROGRAM.unproven
+    [ ! -f "$MARK" ] || RESTART=1 UNDO=$(cat "$MARK")
+}
+
+undoable() { # WHAT: roll_back will see to it, in this run or, if it is killed, the next
+    UNDO="$UNDO $1"
+    [ ! "$MARK" ] || say "$UNDO" >"$MARK"
+}
+
+stage_program() { # CANDIDATE: the program as it is to be, in its final directory
+    CANDIDATE=$ROOT$PROGRAM
+    ! cmp -s "$SOURCE" "$CANDIDATE" || return 0
+    note "write: $CANDIDATE (version $NEW_VERSION)"
+    RESTART=1 SWAP=1
+    [ ! "$DRY" ] || return 0
+    CANDIDATE=$CANDIDATE.new
+    mkdir -p "$ROOT$PREFIX/bin"
+    cp "$SOURCE" "$CANDIDATE"
+    chmod 755 "$CANDIDATE"
+}
+
+check_program() { # its own `check`, with the settings, the key and the store of here
+    [ ! "$DRY$ROOT" ] || return 0
+    said=$(as_user "$SERVICE_PYTHON" -I "$CANDIDATE" check 2>&1) || {
+        say "$said"
+        fail "version $NEW_VERSION does not pass its own check with what is in $STATE" \
+            "(see above). Program and settings stay as they were"
+    }
+    [ "$WAS_INSTALLED" ] || UNDO=''
+}
+
+swap_program() {
+    [ "$SWAP" ] && [ ! "$DRY" ] || return 0
+    if [ -f "$ROOT$PROGRAM" ]; then
+        say "keep: $ROOT$PROGRAM.previous"
+        cp -p "$ROOT$PROGRAM" "$ROOT$PROGRAM.previous.new"
+        mv -f "$ROOT$PROGRAM.previous.new" "$ROOT$PROGRAM.previous"
+        undoable program
     fi
+    mv -f "$CANDIDATE" "$ROOT$PROGRAM"
 }
 
-as_user() { # COMMAND...: in the state directory, as the service's user
-    helper run_as "${AS_ROOT:+$(ids)}" "$HOME_DIR" "$@"
+write_service() {
+    case $LOW$KIND in
+    1procd | 1cron) warn "$KIND gives nobody a port below 1024: use a higher one and" \
+        "let the firewall redirect the low one to it" ;;
+    esac
+    [ ! -f "$SERVICE_FILE" ] || OLD_SERVICE=$(cat "$SERVICE_FILE")
+    service install
+    [ ! "$UNIT_CHANGED" ] || [ ! "$WAS_INSTALLED" ] || undoable unit
 }
 
-within() { # SECONDS COMMAND...: whether it succeeds by then
-    end=$(($(date +%s) + $1))
-    shift
-    until "$@"; do
-        [ "$(date +%s)" -lt "$end" ] || return 1
-        sleep 0.2 2>/dev/null || sleep 1
+is_healthy() { [ "$(helper probe "$ADDRESS" "$PORT")" = healthy ]; }
+is_free() { [ "$(helper probe "$ADDRESS" "$PORT")" = free ]; }
+
+is_steady() { # twice in a row, since a crash loop is healthy now and then
+    if is_healthy && sleep 1 && is_healthy; then return 0; fi
+    if [ "$KIND" = cron ] && [ -f "$STATE/server.pid" ]; then # dead, not just born?
+        cron_pid >/dev/null || { sleep 1 && cron_pid >/dev/null; } || end=0
+    fi
+    return 1
+}
+
+stop_service() { # and wait until its port is free
+    [ "$WAS_INSTALLED" ] && [ "$LIVE" ] || return 0
+    say "stop: $NAME"
+    STOPPED=1
+    undoable ''
+    service stop || true
+    within 15 is_free || fail "something still listens on port $PORT 15 s after $NAME" \
+        "was stopped. End that, and run this again"
+}
+
+restart_service() {
+    [ "$LIVE" ] && [ ! "$NOT_STARTED" ] || return 0
+    [ "$RESTART" ] || ! is_healthy || return 0
+    stop_service
+    note "start: $NAME"
+    service start || true
+    if within 20 is_steady; then
+        UNDO='' STOPPED_UNITS=''
+        say "healthy: http://$ADDRESS:$PORT/healthz answers"
+        return 0
+    fi
+    say "-- the end of the log ($(service log)):"
+    sh -c "$(service log)" 2>/dev/null | tail -n 10 || true
+    fail "version $NEW_VERSION is not healthy: within 20 s $ADDRESS port $PORT did" \
+        "not answer /healthz. See: $(service log)"
+}
+
+roll_back() { # program, settings and service as they were, and running
+    for what in $UNDO; do
+        case $what in
+        program)
+            cp -p "$PROGRAM.previous" "$PROGRAM.new"
+            mv -f "$PROGRAM.new" "$PROGRAM"
+            ;;
+        settings)
+            as_user /bin/sh -c 'mv .env.previous .env; [ -s .env ] || rm .env'
+            ;;
+        unit)
+            [ ! "$OLD_SERVICE" ] || say "$OLD_SERVICE" >"$SERVICE_FILE"
+            [ "$KIND" != systemd ] || systemctl daemon-reload
+            ;;
+        esac
     done
+    [ "$WAS_INSTALLED" ] && [ "$LIVE" ] || return 0
+    read_ports
+    if [ "$STOPPED" ] || ! is_healthy; then
+        service stop || true
+        service start || true
+    fi
+    what='what ran before this runs again'
+    within 20 is_steady || what="what ran before is not healthy either: $(service log)"
+    warn "rolled back: $what"
+}
+
+show_result() {
+    [ "$CHANGES" -gt 0 ] || say "everything is as it should be: nothing was changed"
+    [ ! "$DRY" ] || say "dry run: nothing was changed"
+    [ ! -f "$HOME_DIR/id_ed25519.pub" ] || cat <<EOF
+In every RustDesk client: Settings, Network, ID/Relay server
+  ID server: the public name or address of this machine
+  Key:       $(cat "$HOME_DIR/id_ed25519.pub")
+Keep a copy of $STATE/id_ed25519: clients trust the server by it.
+EOF
+    if [ "$NOT_STARTED" ]; then
+        warn "installed, but not started: $NOT_STARTED. Free it and run this again" \
+            "${OFFICIAL_PIDS:+(--replace-official stops the official server)}"
+    elif [ ! "$LIVE$DRY" ]; then
+        say "not started; it starts with the system"
+    fi
 }
 
 # -- what is asked and what is here ---------------------------------------------------
@@ -315,10 +414,7 @@ find_places() { # what was given, else what an earlier run wrote down, else defa
     : "${PREFIX:=$(recorded prefix)}" "${STATE:=$(recorded state)}"
     [ "$KIND" != procd ] || : "${PREFIX:=/usr}" "${STATE:=/etc/$NAME}"
     : "${PREFIX:=/usr/local}" "${STATE:=/var/lib/$NAME}"
-    case $STATE in
-    /*/*) ;;
-    *) refuse "$STATE is no place for a state directory" ;;
-    esac
+    case $STATE in /*/*) ;; *) refuse "$STATE is no place for a state directory" ;; esac
     PROGRAM=$PREFIX/bin/$FILE HOME_DIR=$ROOT$STATE
     [ ! "$(recorded user)" ] && { [ "$KIND" != cron ] || [ ! -f "$PROGRAM" ]; } ||
         WAS_INSTALLED=1
@@ -537,9 +633,8 @@ make_user() {
 }
 
 add_row() { # TABLE REST
-    if [ -f "$ROOT/etc/$1" ] && ! grep -q "^$SERVICE_USER:" "$ROOT/etc/$1"; then
+    [ ! -f "$ROOT/etc/$1" ] || grep -q "^$SERVICE_USER:" "$ROOT/etc/$1" ||
         say "$SERVICE_USER:$2" >>"$ROOT/etc/$1"
-    fi
 }
 
 make_state() { # 0700, and it and its files the user's
@@ -549,10 +644,7 @@ make_state() { # 0700, and it and its files the user's
         mkdir -p "$(dirname "$HOME_DIR")"
         mkdir -m 700 "$HOME_DIR"
     fi
-    case $(ls -ld "$HOME_DIR") in
-    drwx------*) ;;
-    *) run chmod 700 "$HOME_DIR" ;;
-    esac
+    case $(ls -ld "$HOME_DIR") in drwx------*) ;; *) run chmod 700 "$HOME_DIR" ;; esac
     ids=$(ids)
     [ "$(id -u)" -eq 0 ] && [ "$ids" ] || return 0
     # shellcheck disable=SC2012
@@ -674,11 +766,8 @@ cron_command() {
 }
 
 crontab_of() { # ARGUMENT...: crontab, for the service's user
-    if [ "${SERVICE_USER:=$NAME}" = "$(id -un)" ]; then
-        crontab "$@"
-    else
-        crontab -u "$SERVICE_USER" "$@"
-    fi
+    [ "${SERVICE_USER:=$NAME}" = "$(id -un)" ] || set -- -u "$SERVICE_USER" "$@"
+    crontab "$@"
 }
 
 write_crontab() { # LINE, or nothing to take it away
@@ -794,180 +883,6 @@ start_service() {
 
 reload_service() { procd_send_signal $NAME '*' HUP; }
 EOF
-}
-
-# -- installing and upgrading ---------------------------------------------------------
-
-do_install() {
-    find_python
-    [ "$ACTION" = install ] || [ -f "$ROOT$PROGRAM" ] ||
-        refuse "there is nothing to upgrade at $ROOT$PROGRAM"
-    get_source
-    find_official
-    choose_import
-    read_ports
-    find_conflict
-    see_what_was_killed
-    make_user
-    make_state
-    save_settings
-    stage_program
-    check_program
-    replace_official
-    import_official
-    swap_program
-    install_pynacl
-    write_service
-    [ ! "$ROOT" ] || [ "$DRY" ] || make_state # the settings, too, are the user's
-    restart_service
-    show_firewall
-    show_result
-}
-
-find_conflict() { # somebody else on the port: install, but do not start
-    { [ "$REPLACE" ] && [ "$OFFICIAL_PIDS" ]; } || [ "$WAS_INSTALLED" ] ||
-        [ ! "$LIVE" ] || is_free ||
-        NOT_STARTED="port $PORT is in use${OFFICIAL_PIDS:+ by the official server}"
-}
-
-see_what_was_killed() { # what an earlier run changed and did not prove healthy
-    [ "$WAS_INSTALLED" ] && [ "$LIVE" ] || return 0
-    MARK=$PROGRAM.unproven
-    [ ! -f "$MARK" ] || RESTART=1 UNDO=$(cat "$MARK")
-}
-
-undoable() { # WHAT: roll_back will see to it, in this run or, if it is killed, the next
-    UNDO="$UNDO $1"
-    [ ! "$MARK" ] || say "$UNDO" >"$MARK"
-}
-
-stage_program() { # CANDIDATE: the program as it is to be, in its final directory
-    CANDIDATE=$ROOT$PROGRAM
-    ! cmp -s "$SOURCE" "$CANDIDATE" || return 0
-    note "write: $CANDIDATE (version $NEW_VERSION)"
-    RESTART=1 SWAP=1
-    [ ! "$DRY" ] || return 0
-    CANDIDATE=$CANDIDATE.new
-    mkdir -p "$ROOT$PREFIX/bin"
-    cp "$SOURCE" "$CANDIDATE"
-    chmod 755 "$CANDIDATE"
-}
-
-check_program() { # its own `check`, with the settings, the key and the store of here
-    [ ! "$DRY$ROOT" ] || return 0
-    said=$(as_user "$SERVICE_PYTHON" -I "$CANDIDATE" check 2>&1) || {
-        say "$said"
-        fail "version $NEW_VERSION does not pass its own check with what is in $STATE" \
-            "(see above). Program and settings stay as they were"
-    }
-    [ "$WAS_INSTALLED" ] || UNDO=''
-}
-
-swap_program() {
-    [ "$SWAP" ] && [ ! "$DRY" ] || return 0
-    if [ -f "$ROOT$PROGRAM" ]; then
-        say "keep: $ROOT$PROGRAM.previous"
-        cp -p "$ROOT$PROGRAM" "$ROOT$PROGRAM.previous.new"
-        mv -f "$ROOT$PROGRAM.previous.new" "$ROOT$PROGRAM.previous"
-        undoable program
-    fi
-    mv -f "$CANDIDATE" "$ROOT$PROGRAM"
-}
-
-write_service() {
-    [ ! "$LOW" ] || case $KIND in
-    procd | cron)
-        warn "$KIND cannot give $SERVICE_USER a port below 1024: use a higher one and" \
-            "let the firewall redirect the low one to it"
-        ;;
-    esac
-    [ ! -f "$SERVICE_FILE" ] || OLD_SERVICE=$(cat "$SERVICE_FILE")
-    service install
-    [ ! "$UNIT_CHANGED" ] || [ ! "$WAS_INSTALLED" ] || undoable unit
-}
-
-is_healthy() { [ "$(helper probe "$ADDRESS" "$PORT")" = healthy ]; }
-is_free() { [ "$(helper probe "$ADDRESS" "$PORT")" = free ]; }
-
-is_steady() { # twice in a row, since a crash loop is healthy now and then
-    if is_healthy && sleep 1 && is_healthy; then return 0; fi
-    if [ "$KIND" = cron ] && [ -f "$STATE/server.pid" ]; then # dead, not just born?
-        cron_pid >/dev/null || { sleep 1 && cron_pid >/dev/null; } || end=0
-    fi
-    return 1
-}
-
-stop_service() { # and wait until its port is free
-    [ "$WAS_INSTALLED" ] && [ "$LIVE" ] || return 0
-    say "stop: $NAME"
-    STOPPED=1
-    undoable ''
-    service stop || true
-    within 15 is_free || fail "something still listens on port $PORT 15 s after $NAME" \
-        "was stopped. End that, and run this again"
-}
-
-restart_service() {
-    [ "$LIVE" ] && [ ! "$NOT_STARTED" ] || return 0
-    [ "$RESTART" ] || ! is_healthy || return 0
-    stop_service
-    note "start: $NAME"
-    service start || true
-    if within 20 is_steady; then
-        UNDO='' STOPPED_UNITS=''
-        say "healthy: http://$ADDRESS:$PORT/healthz answers"
-        return 0
-    fi
-    say "-- the end of the log ($(service log)):"
-    sh -c "$(service log)" 2>/dev/null | tail -n 10 || true
-    fail "version $NEW_VERSION is not healthy: within 20 s $ADDRESS port $PORT did" \
-        "not answer /healthz. See: $(service log)"
-}
-
-roll_back() { # program, settings and service as they were, and running
-    for what in $UNDO; do
-        case $what in
-        program)
-            cp -p "$PROGRAM.previous" "$PROGRAM.new"
-            mv -f "$PROGRAM.new" "$PROGRAM"
-            ;;
-        settings)
-            as_user /bin/sh -c 'mv .env.previous .env; [ -s .env ] || rm .env'
-            ;;
-        unit)
-            [ ! "$OLD_SERVICE" ] || say "$OLD_SERVICE" >"$SERVICE_FILE"
-            [ "$KIND" != systemd ] || systemctl daemon-reload
-            ;;
-        esac
-    done
-    [ "$WAS_INSTALLED" ] && [ "$LIVE" ] || return 0
-    read_ports
-    if [ "$STOPPED" ] || ! is_healthy; then
-        service stop || true
-        service start || true
-    fi
-    if within 20 is_steady; then
-        warn "rolled back: what ran before this runs again"
-    else
-        warn "rolled back, but what ran before is not healthy either: $(service log)"
-    fi
-}
-
-show_result() {
-    [ "$CHANGES" -gt 0 ] || say "everything is as it should be: nothing was changed"
-    [ ! "$DRY" ] || say "dry run: nothing was changed"
-    [ ! -f "$HOME_DIR/id_ed25519.pub" ] || cat <<EOF
-In every RustDesk client: Settings, Network, ID/Relay server
-  ID server: the public name or address of this machine
-  Key:       $(cat "$HOME_DIR/id_ed25519.pub")
-Keep a copy of $STATE/id_ed25519: clients trust the server by it.
-EOF
-    if [ "$NOT_STARTED" ]; then
-        warn "installed, but not started: $NOT_STARTED. Free it and run this again" \
-            "${OFFICIAL_PIDS:+(--replace-official stops the official server)}"
-    elif [ ! "$LIVE$DRY" ]; then
-        say "not started; it starts with the system"
-    fi
 }
 
 # -- firewall -------------------------------------------------------------------------
@@ -1156,36 +1071,104 @@ deb_script() { # NAME TEXT
     chmod 755 "$tree/DEBIAN/$1"
 }
 
-# -- the beginning --------------------------------------------------------------------
+# -- what sh cannot do everywhere -----------------------------------------------------
 
-main() {
-    NAME=rustdesk-server FILE=rustdesk_server.py
-    NEWLINE='
-'
-    ACTION=install FROM='' SHA256='' SETS='' DRY='' IMPORT='' IMPORTING=1 REPLACE=''
-    OPEN_FIREWALL='' PYNACL=1 KIND='' GIVEN_PYTHON='' ROOT='' PREFIX='' STATE=''
-    SERVICE_USER='' SERVICE_FILE='' LIVE='' WAS_INSTALLED='' AS_ROOT='' LOW=''
-    OFFICIAL_PIDS='' OFFICIAL_UNITS='' OFFICIAL_DIR='' STOPPED_UNITS='' NOT_STARTED=''
-    CHANGES=0 RESTART='' UNIT_CHANGED='' OLD_SERVICE='' SWAP='' STOPPED='' UNDO=''
-    MARK='' TEMPORARY='' SAID_WHY='' HERE='' PYTHON_PART=$(python_part)
-    if [ -f "$0" ] && grep -q '^python_part() {' "$0"; then
-        HERE=$(cd "$(dirname "$0")" && pwd)
+python_part() {
+    cat <<'EOF'
+import os, re, socket, sys
+
+def run_as(owner, directory, *command):
+    """Run a command as UID:GID (or as it is), there, knowing nothing of here."""
+    if owner:
+        uid, gid = map(int, owner.split(":"))
+        os.setgroups([])
+        os.setgid(gid)
+        os.setuid(uid)
+    os.umask(0o077)
+    os.chdir(directory)
+    os.execve(command[0], command, {"PATH": os.environ["PATH"], "HOME": directory})
+
+def whole(path):
+    """The version of a file that is all of rustdesk_server.py, without running it."""
+    with open(path, encoding="utf-8") as file:
+        text = file.read()
+    version = re.search(r"(?m)^VERSION = \"([\w.+~-]+)\"", text)
+    try:
+        compile(text, path, "exec")
+    except SyntaxError as error:
+        sys.exit(str(error))
+    if not version or "\nif __name__ == " not in text:
+        sys.exit("it is not a whole rustdesk_server.py")
+    print(version.group(1))
+
+def start_as(*arguments): # it is to outlive this terminal
+    os.setsid()
+    run_as(*arguments)
+
+def name_of(line):
+    return re.split("[=:]", line)[0].strip().lower().replace("-", "_")
+
+def put_settings(path, wanted, dry):
+    """Put lines `name=value` before the first [section]; print which names differ."""
+    lines, differ = [], []
+    if os.path.exists(path):
+        with open(path, encoding="utf-8-sig") as file:
+            lines = file.read().splitlines()
+    end = next((i for i, line in enumerate(lines) if line.startswith("[")), len(lines))
+    head = lines[:end]
+    for name, value in (item.split("=", 1) for item in wanted.split("\n")[:-1]):
+        row = name + " = " + value.strip()
+        same = [line for line in head if name_of(line) == name_of(row)]
+        if same[-1:] != [row]:
+            head = [line for line in head if line not in same] + [row]
+            differ.append(name)
+    print(*differ)
+    for name, rows in (path + ".previous", lines), (path, head + lines[end:]):
+        if differ and not dry:
+            with open(path + ".new", "w", encoding="utf-8") as file:
+                file.write("".join(row + "\n" for row in rows))
+            os.replace(path + ".new", name)
+
+def probe(address, port):
+    """Whether /healthz is answered there: `healthy`, `taken` or `free`."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family) as link:
+        link.settimeout(2)
+        if link.connect_ex((address.strip("[]").encode(), int(port))):
+            return print("free")
+        try:
+            link.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            print("healthy" if b" 200 " in link.recv(64) else "taken")
+        except OSError:
+            print("taken")
+
+globals()[sys.argv[1]](*sys.argv[2:])
+EOF
+}
+
+helper() { # FUNCTION ARGUMENT...: one of the Python part
+    "$PYTHON" -I -c "$PYTHON_PART" "$@"
+}
+
+ids() { # uid:gid of the service's user, if there is one
+    if [ "$ROOT" ]; then
+        sed -n "s/^$SERVICE_USER:[^:]*:\([0-9]*:[0-9]*\):.*/\1/p" "$ROOT/etc/passwd"
+    elif id "$SERVICE_USER" >/dev/null 2>&1; then
+        say "$(id -u "$SERVICE_USER"):$(id -g "$SERVICE_USER")"
     fi
-    parse_options "$@"
-    trap on_exit EXIT
-    trap 'exit 129' HUP
-    trap 'exit 130' INT
-    trap 'exit 143' TERM
-    if [ "$ACTION" != package ]; then
-        find_service_kind
-        find_places
-    fi
-    case $ACTION in
-    install | upgrade) do_install ;;
-    uninstall) do_uninstall ;;
-    purge) do_purge ;;
-    package) do_package ;;
-    esac
+}
+
+as_user() { # COMMAND...: in the state directory, as the service's user
+    helper run_as "${AS_ROOT:+$(ids)}" "$HOME_DIR" "$@"
+}
+
+within() { # SECONDS COMMAND...: whether it succeeds by then
+    end=$(($(date +%s) + $1))
+    shift
+    until "$@"; do
+        [ "$(date +%s)" -lt "$end" ] || return 1
+        sleep 0.2 2>/dev/null || sleep 1
+    done
 }
 
 { main "$@"; exit; }
