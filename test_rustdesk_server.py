@@ -13294,7 +13294,7 @@ grep "rolled back" said
 healthy
 same
 for seconds in 1 2 3; do
-    setsid sh install.sh --without-pynacl $HOW --upgrade --from good.py >/dev/null 2>&1 &
+    setsid sh install.sh --without-pynacl $HOW --upgrade --from good.py >killed 2>&1 &
     sleep $seconds
     kill -9 -$! || true
     python3 -c 'compile(open("/usr/local/bin/rustdesk_server.py").read(), "", "exec")'
