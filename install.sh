@@ -291,6 +291,7 @@ roll_back() { # program, settings and service as they were, and running
         esac
     done
     [ "$WAS_INSTALLED" ] && [ "$LIVE" ] || return 0
+    SETS=''
     read_ports
     if [ "$STOPPED" ] || ! is_healthy; then
         service stop || true
