@@ -384,11 +384,12 @@ absolute() { # PATH
 }
 
 find_service_kind() { # KIND; LIVE if what is installed is to run here and now
-    if [ "$(id -u)" -ne 0 ] && [ ! "$ROOT$DRY" ]; then
-        if [ ! "$PREFIX" ] || [ ! "$STATE" ]; then
+    if [ "$(id -u)" -ne 0 ] && [ ! "$ROOT" ]; then
+        if [ "$PREFIX" ] && [ "$STATE" ]; then
+            KIND=cron SERVICE_USER=$(id -un)
+        elif [ ! "$DRY" ]; then
             refuse "run it as root or, for you alone, with --prefix and --state"
         fi
-        KIND=cron SERVICE_USER=$(id -un)
     fi
     if [ ! "$KIND" ]; then
         if [ -d /run/systemd/system ] && [ ! "$ROOT" ]; then KIND=systemd
@@ -977,9 +978,11 @@ do_uninstall() {
     service remove
     take_away "$ROOT$PROGRAM" "$ROOT$PROGRAM.previous" "$ROOT$PROGRAM.new" \
         "$ROOT$PROGRAM.unproven"
-    if [ "$CHANGES" -eq 0 ]; then
+    if [ "$ACTION" = purge ]; then
+        return 0
+    elif [ "$CHANGES" -eq 0 ]; then
         say "nothing was installed here"
-    elif [ -d "$HOME_DIR" ] && [ "$ACTION" = uninstall ]; then
+    elif [ -d "$HOME_DIR" ]; then
         say "Key and devices stay in $HOME_DIR, with the user $SERVICE_USER (--purge" \
             "removes them)"
     fi
@@ -999,6 +1002,7 @@ do_purge() {
     fi
     do_uninstall
     [ ! -d "$HOME_DIR" ] || run rm -rf "$HOME_DIR"
+    [ "$CHANGES" -gt 0 ] || say "nothing was installed here"
     [ "$SERVICE_USER" = $NAME ] && [ "$AS_ROOT" ] && [ "$(ids)" ] || return 0
     for tool in userdel deluser; do
         if have $tool; then run $tool $NAME && return; fi
