@@ -13883,6 +13883,8 @@ def test_compose_file_of_the_readme_keeps_key_and_devices(place, debian_root):
              "CONTAINERS_STORAGE_CONF": place.path("storage.conf"),
              "COMPOSE": sys.executable + " -m podman_compose", "PYTHON": sys.executable,
              "REGISTRATION": registration.hex()})
+    shutil.rmtree(place.path("graph"))
+    os.remove(place.path("root.tar"))
     if "OCI" in ended.stdout and "not permitted" in ended.stdout:
         pytest.skip("no container runs here: " + ended.stdout[-500:])
     assert "IT LIVED WELL" in ended.stdout, ended.stdout[-5000:]
