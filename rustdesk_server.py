@@ -65,8 +65,6 @@ import contextlib
 import enum
 import errno
 import gc
-import hashlib
-import hmac
 import ipaddress
 import itertools
 import heapq
@@ -80,6 +78,15 @@ import struct
 import sys
 import threading
 import time
+
+# OpenSSL would cost 3.5 MB of memory here, only for hashes that Python has by
+# itself; both modules do without it where it is missing, so for them it is.
+sys.modules.setdefault("_hashlib", None)
+import hashlib
+import hmac
+
+if sys.modules["_hashlib"] is None:
+    del sys.modules["_hashlib"]
 
 try:
     import fcntl
@@ -3927,6 +3934,8 @@ class Tally(dict):
 
     def remove(self, place):
         """One less."""
+        if place is None:
+            return
         left = self.get(place, 0) - 1
         if left > 0:
             self[place] = left
@@ -3936,54 +3945,62 @@ class Tally(dict):
 
 class Crowd:
     """The open connections by place, and the strangers among them, which have
-    said nothing valid yet."""
+    said nothing valid yet.
 
-    __slots__ = ("limits", "links", "strangers", "links_at", "strangers_at")
+    `waiting_rooms` are the tables that hold the strangers, oldest first.
+    """
 
-    def __init__(self, limits):
+    __slots__ = ("limits", "waiting_rooms", "links", "links_at", "strangers_at")
+
+    def __init__(self, limits, waiting_rooms):
         self.limits = limits
+        self.waiting_rooms = waiting_rooms
         self.links = set()
-        self.strangers = collections.OrderedDict()  # link -> its place, oldest first
         self.links_at = Tally()
         self.strangers_at = Tally()
 
     def excess(self, place):
         """What a newcomer would be too much for, and the stranger that should
         make room for it: (refusal, link), either of them perhaps None."""
-        limits, strangers = self.limits, self.strangers
+        limits = self.limits
         if len(self.links) >= limits.connections:
-            return Refusal.TOO_MANY_CONNECTIONS, next(iter(strangers), None)
-        if len(strangers) >= limits.strangers:
-            return Refusal.TOO_MANY_STRANGERS, next(iter(strangers), None)
+            return Refusal.TOO_MANY_CONNECTIONS, self.oldest()
+        if sum(map(len, self.waiting_rooms)) >= limits.strangers:
+            return Refusal.TOO_MANY_STRANGERS, self.oldest()
         if self.links_at.get(place, 0) >= limits.connections_per_address:
             return Refusal.TOO_MANY_CONNECTIONS, self.oldest_at(place)
         if self.strangers_at.get(place, 0) >= limits.strangers_per_address:
             return Refusal.TOO_MANY_STRANGERS, self.oldest_at(place)
         return None, None
 
-    def oldest_at(self, place):
-        """The oldest stranger of a place, or None."""
-        return next((link for link, where in self.strangers.items() if where == place),
-                    None)
+    def oldest(self):
+        """The oldest stranger of all, or None."""
+        heads = [next(iter(room.entries.items()))
+                 for room in self.waiting_rooms if room.entries]
+        return min(heads, key=lambda head: head[1][0])[0] if heads else None
 
-    def enter(self, link, place):
-        """A connection has come."""
+    def oldest_at(self, place):
+        """The oldest stranger of a place in its waiting room, or None."""
+        return next((link for room in self.waiting_rooms for link in room.entries
+                     if link.place == place), None)
+
+    def enter(self, link):
+        """A stranger has come."""
         self.links.add(link)
-        self.links_at.add(place)
-        self.strangers[link] = place
-        self.strangers_at.add(place)
+        self.links_at.add(link.place)
+        self.strangers_at.add(link.place)
+
+    def leave(self, link):
+        """A connection has ended, or is at another place from now on."""
+        self.links.discard(link)
+        self.links_at.remove(link.place)
+        if link.is_stranger:
+            self.strangers_at.remove(link.place)
 
     def know(self, link):
         """A connection is no stranger any more."""
-        place = self.strangers.pop(link, False)
-        if place is not False:
-            self.strangers_at.remove(place)
-
-    def leave(self, link, place):
-        """A connection has ended."""
-        self.know(link)
-        self.links.discard(link)
-        self.links_at.remove(place)
+        link.is_stranger = False
+        self.strangers_at.remove(link.place)
 
 
 class ExpiringTable:
@@ -4730,10 +4747,6 @@ class Link:
         self.is_websocket = is_websocket
         self.errand = None
         self.ended = False  # nothing can be sent over it any more
-
-    def is_alive(self):
-        """Whether its other end has not hung up unnoticed."""
-        return True
 
 
 class Origin(collections.namedtuple(
@@ -5915,8 +5928,10 @@ class Flow:
     #: What a flow that wanted little lately gets all the same.
     LEAST_BYTES = 16 * 1024
 
-    def __init__(self, allowance):
-        self.grant(allowance)
+    def __init__(self):
+        self.allowance = self.granted = UNLIMITED
+        self.window = PIPE_BUFFER_BYTES
+        self.starved = False
 
     def grant(self, allowance):
         """Let so much be moved from now on."""
@@ -5947,8 +5962,10 @@ class Session:
         self.first, self.second = first, second
         self.started = self.ticked = self.active = now
         self.cap = cap  # its own `Cap`, or None
-        allowance = Flow.LEAST_BYTES if capped else UNLIMITED
-        self.flows = Flow(allowance), Flow(allowance)
+        self.flows = Flow(), Flow()
+        if capped:
+            for flow in self.flows:
+                flow.grant(Flow.LEAST_BYTES)
         self.carried = self.uncharged = self.ticked_bytes = 0
         self.wants = (0, 0)  # of the flows, for the next share
         self.slowed = False
@@ -6116,9 +6133,6 @@ class Relay:
             yield from self.turn_away(link, refusal)
             return
         partner = self.stop_waiting(request.uuid)
-        if partner is not None and not partner.is_alive():
-            yield Close(partner)  # it left in the very moment that this one came
-            partner = None
         if partner is None:
             yield from self.wait(link, now)
             return
@@ -6201,7 +6215,7 @@ class Relay:
             return
         for place in {session.first.place, session.second.place}:
             self.sessions_at.remove(place)
-        session.settle()
+        session.carried += sum(flow.count() for flow in session.flows)
         seconds, first, second = now - session.started, session.first, session.second
         yield Report(word, (
             f"session {session.number} of {first.address} and {second.address} after "
@@ -6810,6 +6824,8 @@ FREE_PENDING_BYTES = 4096
 TICKETS_GREETING = b"RUSTDESK-TICKETS 1\n"
 
 PRINTABLE = bytes(range(32, 127)) + b"\t\r\n"
+#: A connection that begins with another byte can only be spoken frames to.
+TELLING_BYTES = frozenset(PRINTABLE + b"\x16")
 WEBSOCKET_CODES = {Refusal.TOO_LARGE: 1009, Refusal.BAD_WEBSOCKET: 1002}
 
 
@@ -7122,7 +7138,7 @@ class Connection(Link):
     __slots__ = ("server", "socket", "state", "on_readable", "on_writable", "interest",
                  "pending", "unsent", "framing", "entrance", "patience", "strange",
                  "served", "then", "timer", "trusted", "proxied", "tls", "looks",
-                 "channel", "body", "held", "tickets")
+                 "channel", "body", "held", "tickets", "is_stranger")
 
     def __init__(self, server, sock, address, place, entrance):
         super().__init__(entrance.listener, address, place=place)
@@ -7143,7 +7159,8 @@ class Connection(Link):
         self.body = 0  # bytes of a request's body that have not come yet
         self.held = 0  # bytes of an unfinished message that are counted
         self.tickets = None  # the `TicketReceiver` of an ID server's connection
-        server.crowd.enter(self, place)
+        self.is_stranger = True  # until it has said something valid
+        server.crowd.enter(self)
         self.patience = server.first_frame_patience(entrance.listener)
         self.patience.put(self, None, server.loop.now)
         self.on_writable = self.flush
@@ -7167,6 +7184,8 @@ class Connection(Link):
         """Let another table of deadlines count, or none."""
         if self.patience is not None:
             self.patience.discard(self)
+        if self.is_stranger:
+            self.server.crowd.know(self)
         self.patience = table
         if table is not None:
             table.put(self, None, self.server.loop.now)
@@ -7193,23 +7212,12 @@ class Connection(Link):
     def attach(self, reader, writer):
         """From now on a session's pipes read and write for this connection."""
         self.be_patient(None)
-        self.account(0)
+        if self.held:
+            self.account(0)
         self.become(State.PAIRED, reader)
         self.on_writable = writer
         self.pending, self.framing = b"", None
         self.watch(READ)
-
-    def is_alive(self):
-        """Whether its other end has not hung up, as far as the kernel
-        knows."""
-        if self.state is not State.WAITING:
-            return False
-        try:
-            return self.tls or self.socket.recv(1, socket.MSG_PEEK) != b""
-        except BlockingIOError:
-            return True
-        except OSError:
-            return False
 
     def take_early(self):
         """What came behind the first frame."""
@@ -7236,24 +7244,32 @@ class Connection(Link):
             self.on_nothing(data)
             return
         data = self.pending + data
-        if is_tls(data):
+        if data[0] not in TELLING_BYTES:
+            self.start_frames(data)
+        elif is_tls(data):
             self.server.refuse(Refusal.TLS_FAILED, (
                 f"{self.address} wants TLS, but --tls-cert names no certificate"))
             self.close()
-            return
-        if data.startswith(HTTP_METHODS):
-            self.become(State.HEAD, self.read_frames)
+        elif data.startswith(HTTP_METHODS):
+            self.start(State.HEAD, self.read_frames, data)
         elif len(data) < 8 and any(method.startswith(data) for method in HTTP_METHODS):
             self.pending = data
-            return
         elif self.listener is Listener.RELAY and self.server.ticket_secret and (
                 TICKETS_GREETING.startswith(data[:len(TICKETS_GREETING)])):
-            self.become(State.TICKETS, self.read_tickets)
+            self.start(State.TICKETS, self.read_tickets, data)
         elif self.may_be_command(data):
-            self.become(State.COMMAND, self.read_command)
+            self.start(State.COMMAND, self.read_command, data)
         else:
-            self.framing = LengthFraming(*self.server.frame_limits(self.listener))
-            self.become(State.FRAMED, self.read_frames)
+            self.start_frames(data)
+
+    def start_frames(self, data):
+        """RustDesk's own frames come."""
+        self.framing = LengthFraming(*self.server.frame_limits(self.listener))
+        self.start(State.FRAMED, self.read_frames, data)
+
+    def start(self, state, reader, data):
+        """The transport is known: what has come belongs to it."""
+        self.become(state, reader)
         self.pending = b""
         self.take_in(data)
 
@@ -7309,10 +7325,10 @@ class Connection(Link):
         """The client is somewhere else than its connection; whether it may
         be."""
         crowd, place = self.server.crowd, self.server.limits.place(address.ip)
-        crowd.leave(self, self.place)
+        crowd.leave(self)
         self.address, self.place, self.proxied = address, place, True
         admitted = self.server.admits(self.listener, address, place)
-        crowd.enter(self, place)
+        crowd.enter(self)
         return admitted
 
     def start_tls(self):
@@ -7413,9 +7429,7 @@ class Connection(Link):
                 self.become(State.WAITING, self.read_early)
             elif self.patience is not None:
                 self.be_patient(self.server.next_patience)
-            if not self.served:
-                self.served = True
-                self.server.crowd.know(self)
+            self.served = True
             if self.channel is not None:
                 payload = self.channel.open(payload)
             self.server.on_frame(self, payload)
@@ -7425,7 +7439,7 @@ class Connection(Link):
             if self.state is State.WAITING:
                 framing.skim()
             self.answer_control(framing)
-        if self.framing is not None:
+        if self.framing is not None and (self.held or self.framing.pending):
             self.account(self.framing.pending)
 
     def account(self, size):
@@ -7512,7 +7526,6 @@ class Connection(Link):
         on."""
         self.served = True
         self.be_patient(None)
-        self.server.crowd.know(self)
         self.server.log.info(f"the ID server at {self.address} announces sessions here")
         self.write(b"ok\n")
 
@@ -7631,9 +7644,7 @@ class Connection(Link):
             self.timer.cancel()
         if not self.may_be_command(self.pending):
             data, self.pending = self.pending, b""
-            self.framing = LengthFraming(*self.server.frame_limits(self.listener))
-            self.become(State.FRAMED, self.read_frames)
-            self.on_frame_bytes(data)
+            self.start_frames(data)
         elif b"\n" in data or len(self.pending) >= MAX_COMMAND_BYTES:
             self.answer_command()
         else:
@@ -7738,13 +7749,15 @@ class Connection(Link):
         self.ended = True
         self.become(State.CLOSED, self.read_nothing)
         self.be_patient(None)
-        self.account(0)
-        self.server.crowd.leave(self, self.place)
+        if self.held:
+            self.account(0)
+        self.server.crowd.leave(self)
         if self.timer is not None:
             self.timer.cancel()
         then, self.then, self.timer, self.socket = self.then, None, None, None
         self.on_writable, self.framing = self.read_nothing, None
-        self.server.pseudo_addresses.discard(self.address)
+        if self.proxied:
+            self.server.pseudo_addresses.discard(self.address)
         self.pending = self.unsent = b""
         self.server.on_closed(self)
         self.on_readable = self.on_writable = None  # or it would refer to itself
@@ -8270,7 +8283,6 @@ class Server:
         self.directory = directory
         self.log = log
         self.limits = Limits(config)
-        self.crowd = Crowd(self.limits)
         self.held_bytes = 0  # of sessions, for slow ends
         self.pending_bytes = 0  # of unfinished messages and waiting links
         self.attempts = Attempts()
@@ -8290,6 +8302,7 @@ class Server:
         self.first_patience = self.limits.table("first_frame_seconds", all_links)
         self.next_patience = self.limits.table("next_frame_seconds", all_links)
         self.relay_patience = self.limits.table("relay_first_frame_seconds", all_links)
+        self.crowd = Crowd(self.limits, (self.first_patience, self.relay_patience))
         self.endings = ExpiringTable(LINGER_SECONDS, all_links)
         self.survivors = ExpiringTable(SURVIVOR_SECONDS, all_links)
         self.pseudo_addresses = set()  # of clients behind a reverse proxy
@@ -10774,6 +10787,36 @@ def keep_standard_descriptors():
             return
 
 
+#: Where a file without a name can be run from.
+DESCRIPTORS = "/proc/self/fd/"
+
+
+def start_again(code):
+    """Start this program again from its own byte code.
+
+    Compiling a file of this size leaves 20 MB behind that nothing gives back.
+    The code is put into a file without a name, so nothing is written to the
+    disk, and nobody can change what is run.  Where that cannot be (it takes
+    Linux, and /proc) the program goes on as it is.
+    """
+    import importlib.util
+    import marshal
+
+    try:
+        with open("/proc/self/cmdline", "rb") as file:
+            words = file.read().split(b"\0")[:-1]
+        descriptor = os.memfd_create("rustdesk_server", 0)
+        header = importlib.util.MAGIC_NUMBER + bytes(12)
+        with open(descriptor, "wb", closefd=False) as file:
+            file.write(header + marshal.dumps(code))
+        words[words.index(os.fsencode(sys.argv[0]))] = b"%s%d" % (
+            DESCRIPTORS.encode(), descriptor)
+        words[1:1] = b"-X", b"rustdesk_server.py"  # for who looks for it with ps
+        os.execv(sys.executable, words)
+    except (OSError, AttributeError, ValueError, TypeError):
+        pass
+
+
 def main(arguments):
     """Run the subcommand named first, or both roles; returns the exit
     status."""
@@ -10786,4 +10829,9 @@ def main(arguments):
 
 
 if __name__ == "__main__":
+    if sys.argv[0].startswith(DESCRIPTORS):
+        os.close(int(sys.argv[0][len(DESCRIPTORS):]))
+    elif sys.implementation.name == "cpython" and (
+            not sys.argv[1:] or sys.argv[1] in ROLES or sys.argv[1].startswith("-")):
+        start_again(sys._getframe().f_code)
     sys.exit(main(sys.argv[1:]))
