@@ -5636,12 +5636,15 @@ class Rendezvous:
 
     def find_intranet(self, address, peer_id, origin):
         """The request of the initiator at `address` that a LocalAddr belongs
-        to."""
+        to.
+
+        B makes the mangled address anew, so no token proves that it was
+        called: the answer must come from where it is registered.
+        """
         link = self.intranet.get(address)
         for awaited in list(link.errand.awaited.values()) if link else ():
-            named = peer_id == awaited.peer_id or not peer_id and self.is_at_home(
-                awaited.peer_id, origin.address.ip)
-            if named and awaited.call is Call.INTRANET:
+            if (peer_id in ("", awaited.peer_id) and awaited.call is Call.INTRANET
+                    and self.is_at_home(awaited.peer_id, origin.address.ip)):
                 return awaited
         return None
 

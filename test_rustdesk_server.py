@@ -5657,6 +5657,16 @@ def test_forged_local_addresses_are_refused(changes, refusal):
     assert world.after(world.say(LocalAddr(**answer), from_b()))[0].link is a.link
 
 
+@pytest.mark.parametrize("peer_id", [B_ID, ""])
+def test_local_address_counts_only_from_where_the_target_is(peer_id):
+    """Its mangled address holds no token, and an initiator's port can be guessed."""
+    world, a = neighbours()
+    answer = LocalAddr(id=peer_id, socket_addr=called(1, NEIGHBOUR), local_addr=LOCAL)
+    forged = world.say(answer, by_link(Address("203.0.113.66", 40000)))
+    assert forged[0] == Refusal.NOT_AWAITED
+    assert world.after(world.say(answer, from_b()))[0].link is a.link
+
+
 def test_neighbours_may_relay_instead():
     world, a = neighbours()
     b = from_b()
