@@ -9189,7 +9189,7 @@ class Server:
                 self.rendezvous.relays = RelayServers(config.relay_servers)
             if "mask" in changed or "local_ip" in changed:
                 self.find_local_relay()
-                self.announce_to_relays()
+            self.announce_to_relays()
         self.enforce()
         self.log.set_level(self.config.log_level)
         self.log.info(f"configuration read again, {len(changed)} settings changed")

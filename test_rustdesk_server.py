@@ -12712,6 +12712,18 @@ def test_reload_takes_what_can_change_and_names_what_waits():
         server.wait_for_log("nothing is changed: idle-limit = 'soon'")
 
 
+def test_relay_that_a_reload_adds_is_told_of_sessions_too(tmp_path):
+    secret = str(written(tmp_path, "secret", "a secret that two machines share"))
+    how = dict(tickets=True, bind="127.0.0.1")
+    with ServerProcess("--relay-secret", secret, role="hbbr", **how) as relay:
+        with ServerProcess("--relay-secret", secret, role="hbbs", **how) as server:
+            name = f"127.0.0.1:{relay.ports['relay']}"
+            server.write(".env", f"relay-servers = {name}\n")
+            server.process.send_signal(signal.SIGHUP)
+            server.wait_for_log(f"relay {name} takes our sessions only")
+            relay.wait_for_log("announces sessions here")
+
+
 @pytest.mark.parametrize("broken", [".env", ".env bytes", ".env folder", "list",
                                     "certificate"])
 def test_reload_with_anything_broken_changes_nothing_at_all(tmp_path, broken):
