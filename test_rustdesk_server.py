@@ -19,6 +19,7 @@
     python3 test_rustdesk_server.py                make .venv, run the tests
     python3 test_rustdesk_server.py --all          the slow ones and the matrix too
     python3 test_rustdesk_server.py -k relay -x    any arguments of pytest
+    python3 test_rustdesk_server.py fuzz --seconds 600 [--seed N]
 
 The sections are those of rustdesk_server.py, in its order, after the harness and
 the clients and before the matrix, the house and the fuzz.  What is tested through
@@ -30,6 +31,7 @@ RUSTDESK_PYTHON another Python to run it by, as a command line.  Under PyPy this
 file needs a C compiler, make, pypy3-dev and protoc.
 """
 
+import argparse
 import ast
 import base64
 import collections
@@ -129,6 +131,15 @@ def prepare_environment():
         file.write(environment_stamp())
 
 
+#: Runs one of the programs that this file has beside the tests.
+PROGRAM_LAUNCHER = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import test_rustdesk_server
+sys.exit(test_rustdesk_server.PROGRAMS[sys.argv[2]](sys.argv[3:]))
+"""
+
+
 def run_pytest(arguments):
     """Replace this process by pytest in .venv; never returns."""
     if "--all" in arguments:
@@ -137,6 +148,8 @@ def run_pytest(arguments):
     if not any(".py" in argument for argument in arguments):
         arguments.append(os.path.abspath(__file__))
     python = environment_python()
+    if arguments[0] in ("fuzz", "floods"):
+        os.execv(python, [python, "-B", "-c", PROGRAM_LAUNCHER, HERE, *arguments[:-1]])
     os.execv(python, [python, "-B", "-m", "pytest", "-p", "no:cacheprovider",
                       "-c", os.devnull, "--rootdir", HERE, *arguments])
 
@@ -15413,3 +15426,988 @@ def test_the_tormented_server_still_serves_whole_sessions(victim):
         assert dial_and_converse(Initiator(victim), peer, "direct").is_secure
         initiator = Initiator(victim, transport="ws")
         assert dial_and_converse(initiator, peer, "relay").is_secure
+
+# -- a fuzzer that knows the structure --
+#
+# Valid conversations, changed in a few places: fields, frames, headers, bytes;
+# cut, doubled, reordered and spliced.  The pure parts are held to a law each, a
+# live server to its life.  Every case has a number, and a seed that says it all:
+#
+#     python3 test_rustdesk_server.py fuzz --seconds 600 [--seed N]
+
+#: How long the default run fuzzes: so much the pure parts, so much a live server.
+PURE_FUZZ_SECONDS, LIVE_FUZZ_SECONDS = 5.0, 5.0
+
+NASTY_NUMBERS = (0, 1, 2, 31, 127, 128, 255, 256, 2**14, 2**16 - 1, 2**31 - 1, 2**31,
+                 2**32 - 1, 2**32, 2**63 - 1, 2**63, 2**64 - 1)
+NASTY_BYTES = (b"", b"\0", b"\n", b"\r\n\r\n", b"\xff", b"\xed\xa0\x80", b"a" * 300,
+               "\u202e\U0001f600".encode(), b"../../etc/passwd", b"%s{0}", b"\x1b[2J",
+               b"x" * 5000, b"a b", b"::1", b"127.0.0.1:80", bytes(16), bytes(32))
+NASTY_TEXTS = ("", "0", "-1", "1e999", "NaN", "9" * 400, "٣", "²", "\ud800", "\0",
+               "*", "-", "a,b,,c", "=", "1.2.3.4/33", "::%x", "[::1", "a" * 3000,
+               "\u2028", "\x85", "'", '"\\', "{}", "127.0.0.1", "2001:db8::/32")
+
+
+def cases(seed, name):
+    """Endless random generators, one a case, each with the words that name it."""
+    for number in itertools.count():
+        words = f"{seed} {name} {number}"
+        yield words, random.Random(words)
+
+
+def changed_bytes(data, rng):
+    """These bytes with one change."""
+    at, end = sorted(rng.randrange(len(data) + 1) for _ in range(2))
+    end = min(end, at + rng.choice((1, 4, 64, 10**6)))
+    return rng.choice((
+        lambda: data[:at] + bytes([rng.randrange(256)]) + data[at + 1:],
+        lambda: data[:at] + bytes([data[at] ^ 1 << rng.randrange(8)]) + data[at + 1:]
+        if at < len(data) else data,
+        lambda: data[:at] + data[end:],
+        lambda: data[:at],
+        lambda: data[:end] + data[at:end] + data[end:],
+        lambda: data[:at] + rng.choice(NASTY_BYTES) + data[end:],
+        lambda: data[end:] + data[:at],
+    ))()
+
+
+def changed_list(parts, rng, change):
+    """A list with one element changed, left out, doubled, or moved."""
+    parts = list(parts)
+    at = rng.randrange(len(parts)) if parts else None
+    kind = rng.randrange(8)
+    if at is None:
+        return parts
+    if kind == 0:
+        del parts[at]
+    elif kind == 1:
+        parts.insert(rng.randrange(len(parts) + 1), parts[at])
+    elif kind == 2:
+        parts.insert(rng.randrange(len(parts)), parts.pop(at))
+    else:
+        parts[at] = change(parts[at])
+    return parts
+
+
+def some(change, value, rng):
+    """A value changed a few times over, or not at all."""
+    for _ in range(rng.choice((0, 1, 1, 1, 2, 3, 6))):
+        value = change(value, rng)
+    return value
+
+
+def split_fields(data):
+    """The (tag, value) pairs of a message, numbers or bytes; None if it is none."""
+    fields, at = [], 0
+    try:
+        while at < len(data):
+            tag, at = rustdesk_server.read_varint(data, at)
+            value, size = None, {1: 8, 5: 4}.get(tag & 7, 0)
+            if tag & 7 in (0, 2):
+                value, at = rustdesk_server.read_varint(data, at)
+            if tag & 7 == 2:
+                size = value
+            if tag & 7 not in (0, 1, 2, 5) or at + size > len(data):
+                return None
+            fields.append((tag, value if tag & 7 == 0 else data[at:at + size]))
+            at += size
+    except (Refused, IndexError):
+        return None
+    return fields
+
+
+def join_fields(fields):
+    """The bytes of such pairs."""
+    out = b""
+    for tag, value in fields:
+        out += rustdesk_server.varint(tag)
+        if isinstance(value, int):
+            out += rustdesk_server.varint(value)
+        else:
+            out += rustdesk_server.varint(len(value)) * (tag & 7 == 2) + value
+    return out
+
+
+def changed_field(field, rng):
+    """A field with another number, type, value, or a change within."""
+    tag, value = field
+    if rng.random() < 0.15:
+        return rng.choice((tag ^ 1 << rng.randrange(8), rng.getrandbits(29))), value
+    if isinstance(value, int):
+        return tag, rng.choice(NASTY_NUMBERS)
+    inner = split_fields(value) if rng.random() < 0.7 else None
+    if inner:
+        return tag, join_fields(changed_list(inner, rng,
+                                             lambda f: changed_field(f, rng)))
+    return tag, rng.choice((changed_bytes(value, rng), rng.choice(NASTY_BYTES),
+                            nested_groups(rng.choice((3, 200)))))
+
+
+def changed_payload(payload, rng):
+    """A message changed by its fields, or by its bytes."""
+    fields = split_fields(payload) if rng.random() < 0.8 else None
+    if not fields:
+        return changed_bytes(payload, rng)
+    return join_fields(changed_list(fields, rng, lambda f: changed_field(f, rng)))
+
+
+class Lore:
+    """What a stranger may have learnt: ids, keys, sessions, and our own address."""
+
+    def __init__(self, peer_ids=("fuzzed_peer_1",), key="", uuids=("0" * 32,),
+                 relay="127.0.0.1:21117"):
+        self.peer_ids, self.key, self.uuids, self.relay = peer_ids, key, uuids, relay
+
+
+def conversation(rng, lore):
+    """The payloads that a client might say on one connection."""
+    peer_id, where = rng.choice(lore.peer_ids), mangle(("127.9.9.9", 4000), 5)
+    session_uuid = rng.choice(lore.uuids)
+    said = {
+        "register_peer": dict(id=peer_id, serial=3),
+        "register_pk": dict(id=peer_id, uuid=b"u" * 16, pk=rng.randbytes(32),
+                            old_id=rng.choice(("", peer_id))),
+        "punch_hole_request": dict(id=peer_id, nat_type=1, licence_key=lore.key,
+                                   version=CLIENT_VERSION, udp_port=rng.choice((0, 5))),
+        "punch_hole_sent": dict(socket_addr=where, id=peer_id, nat_type=1,
+                                relay_server=lore.relay, version=CLIENT_VERSION),
+        "local_addr": dict(socket_addr=where, local_addr=where, id=peer_id),
+        "relay_response": dict(socket_addr=where, uuid=session_uuid, id=peer_id,
+                               relay_server=lore.relay),
+        "request_relay": dict(id=rng.choice(("", peer_id)), uuid=session_uuid,
+                              licence_key=lore.key, relay_server=lore.relay),
+        "online_request": dict(id=peer_id, peers=[peer_id, "nobody"] * 4),
+        "test_nat_request": dict(serial=3),
+        "key_exchange": dict(keys=[rng.randbytes(32), rng.randbytes(48)]),
+        "hc": dict(token="t"),
+        "http_proxy_request": dict(method="GET", path="/", body=b"x"),
+        "ice_candidate": dict(socket_addr=where, id=peer_id),
+        "register_pk_response": dict(result=0, keep_alive=60),
+    }
+    kinds = rng.sample(sorted(said), rng.choice((1, 1, 2, 4)))
+    return [known_message(kind, said[kind]) for kind in kinds]
+
+
+def known_message(kind, fields):
+    """A message with those of the fields that its schema has."""
+    outer = protocol.message_class("hbb.RendezvousMessage")()
+    known = getattr(outer, kind).DESCRIPTOR.fields_by_name
+    return message(kind, **{name: fields[name] for name in fields if name in known})
+
+
+def changed_frame(payload, rng):
+    """A payload as a frame whose header may lie."""
+    if rng.random() < 0.8:
+        return frame(payload)
+    size = rng.choice((len(payload) + 1, max(0, len(payload) - 1), len(payload),
+                       0, 63, 64, 2**14, 2**16, 2**20, 2**22, 2**30 - 1))
+    length = rng.randrange(1, 5)
+    return (size << 2 | length - 1).to_bytes(5, "little")[:length] + payload
+
+
+def frames_stream(rng, lore=Lore()):
+    """What a TCP client sends, changed."""
+    payloads = [some(changed_payload, payload, rng) for payload in
+                conversation(rng, lore)]
+    data = b"".join(changed_frame(payload, rng) for payload in payloads)
+    return some(changed_bytes, data, rng) if rng.random() < 0.3 else data
+
+
+def websocket_parts(payload, rng):
+    """One message as the frames of a WebSocket, perhaps in fragments and with
+    control frames between."""
+    cuts = sorted(rng.randrange(len(payload) + 1) for _ in range(rng.choice((0, 0, 2))))
+    parts = pieces_of(payload, *cuts)
+    for at, part in enumerate(parts):
+        opcode = CONTINUATION if at else rng.choice((BINARY,) * 7 + (TEXT,))
+        yield opcode, part, at == len(parts) - 1
+        if rng.random() < 0.2:
+            yield rng.choice((PING, PING, 10, CLOSE)), rng.randbytes(5), True
+
+
+def changed_part(part, rng):
+    """A WebSocket frame that is another, or none."""
+    opcode, payload, final = part
+    return rng.choice((
+        (rng.randrange(16), payload, final), (opcode, payload, not final),
+        (opcode, payload * 40, final), (opcode, b"", final),
+        (opcode, changed_payload(payload, rng), final)))
+
+
+def websocket_bytes(part, rng):
+    """A frame's bytes; a few lie about their length or have no mask."""
+    mask = rng.choice((bytes(4), rng.randbytes(4), rng.randbytes(4)))
+    data = websocket_frame(*part, mask=mask if rng.random() < 0.98 else None)
+    if rng.random() < 0.05:
+        size = rng.choice((0, 125, 126, 2**16, 2**20, 2**26, 2**31, 2**62, 2**63))
+        data = data[:1] + b"\xff" + struct.pack(">Q", size) + data[2:]
+    return data
+
+
+def websocket_stream(rng, lore=Lore()):
+    """What follows a client's handshake, changed."""
+    parts = [part for payload in conversation(rng, lore)
+             for part in websocket_parts(some(changed_payload, payload, rng), rng)]
+    if rng.random() < 0.5:
+        parts = changed_list(parts, rng, lambda part: changed_part(part, rng))
+    data = b"".join(websocket_bytes(part, rng) for part in parts)
+    return changed_bytes(data, rng) if rng.random() < 0.2 else data
+
+
+def changed_line(line, rng):
+    """A header line with another name, value or shape."""
+    name, _, value = line.partition(b":")
+    return rng.choice((
+        lambda: name + b":" + rng.choice(NASTY_BYTES), lambda: name + b":" + value * 9,
+        lambda: rng.choice(NASTY_BYTES) + b":" + value, lambda: name.upper() + value,
+        lambda: b" " + line, lambda: changed_bytes(line, rng),
+        lambda: name + b": " + rng.choice(NASTY_TEXTS).encode("utf-8", "replace")))()
+
+
+def http_head(rng):
+    """A request head, changed."""
+    first = b"%s %s HTTP/1.1" % (
+        rng.choice((b"GET", b"GET", b"POST", b"OPTIONS")),
+        rng.choice((b"/", b"/ws/id", b"/ws/relay", b"/healthz", b"/ws/id?x=1", b"/..")))
+    lines = HANDSHAKE[:-4].split(b"\r\n")[1:] + [
+        b"X-Real-IP: 203.0.113.9", b"X-Forwarded-For: 198.51.100.1, [2001:db8::1]:5",
+        b"Content-Length: %d" % rng.choice((0, 5, 10**12)), b"Expect: 100-continue"]
+    lines = rng.sample(lines, rng.randrange(4, len(lines) + 1))
+    lines = some(lambda parts, rng: changed_list(
+        parts, rng, lambda line: changed_line(line, rng)), [first, *lines], rng)
+    data = b"\r\n".join(lines) + b"\r\n\r\n"
+    return changed_bytes(data, rng) if rng.random() < 0.2 else data
+
+
+def proxy_header(rng):
+    """A header of the PROXY protocol, changed."""
+    source = rng.choice((("203.0.113.5", 40_001), ("2001:db8::5", 1), ("::1", 65535),
+                         ("::ffff:9.9.9.9", 7), ("127.0.0.1", 0)))
+    if rng.random() < 0.5:
+        words = proxy_v1(source).split(b" ")
+        words = some(lambda parts, rng: changed_list(
+            parts, rng, lambda word: rng.choice((
+                changed_bytes(word, rng), rng.choice(NASTY_BYTES)))), words, rng)
+        return b" ".join(words)
+    data = proxy_v2(source, rng.choice((0, 1, 2)), rng.choice((b"", bytes(9))),
+                    rng.choice((None, None, 0, 0x12, 0x31)))
+    at = rng.choice((12, 13, 14, 15))
+    if rng.random() < 0.5:
+        data = data[:at] + bytes([rng.randrange(256)]) + data[at + 1:]
+    return some(changed_bytes, data, rng) if rng.random() < 0.5 else data
+
+
+def ticket_lines(rng):
+    """What an ID server announces to the fuzzed receiver, changed."""
+    sender = rustdesk_server.TicketSender(b"s" * 32, b"c" * 32)
+    lines = [sender.line("")] + [
+        sender.announcement(rustdesk_server.Broker(uuid, "p", rng.random() < 0.5),
+                            ("k",)) for uuid in FUZZED_UUIDS]
+    lines = some(lambda parts, rng: changed_list(
+        parts, rng, lambda line: changed_bytes(line, rng)), lines, rng)
+    return b"".join(lines)
+
+
+FUZZED_UUIDS = ("one", "two", "three")
+
+
+def store_text(rng):
+    """A file of peers, changed in its fields, lines or bytes."""
+    entries = [rustdesk_server.Peer(f"peer_{n}", b"u" * 16, bytes(32), "192.0.2.1", 5,
+                                    6).to_line() for n in range(rng.randrange(1, 5))]
+    lines = some(lambda parts, rng: changed_list(
+        parts, rng, lambda line: changed_entry(line, rng)), entries, rng)
+    data = "".join(lines).encode("utf-8", "surrogatepass")
+    return changed_bytes(data, rng) if rng.random() < 0.3 else data
+
+
+def changed_entry(line, rng):
+    """A line of the store with another field, with or without a check sum."""
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return line
+    values = (*NASTY_TEXTS, *NASTY_NUMBERS, -1, 1.5, float("inf"), float("nan"), None,
+              True, [], [[]] * 3, {}, "disabled", "forgotten", "AAAA", "peer_1")
+    entry[rng.choice((*entry, "state", "replaces"))] = rng.choice(values)
+    if rng.random() < 0.7:
+        entry.pop("check", None)
+    return json.dumps(entry, ensure_ascii=rng.random() < 0.5) + "\n"
+
+
+def config_text(rng):
+    """A configuration file in which settings have other values."""
+    names = [*rustdesk_server.SETTINGS, "Relay-Servers", "limit", "rust_log", "nonsense"]
+    values = (*NASTY_TEXTS, *map(str, NASTY_NUMBERS), "on", "Y", "10.0.0.0/8=h:5",
+              "127.0.0.1:5,[::1]:6", "connections=5", "frame-bytes=1", "x=1", "a.b:c:d")
+    lines = [rng.choice(names) + rng.choice(("=", " = ", ":", " "))
+             + rng.choice(values) for _ in range(rng.randrange(6))]
+    data = "\n".join(lines).encode("utf-8", "surrogatepass")
+    return some(changed_bytes, data, rng) if rng.random() < 0.3 else data
+
+
+def backup_bytes(rng):
+    """A backup, changed; half of them with a check sum that is right again."""
+    names = (*rustdesk_server.BACKUP_FILES, "../x", "/etc/passwd", "a b", "\u202e")
+    parts = [f"{rustdesk_server.BACKUP_TITLE}\n".encode()]
+    for _ in range(rng.randrange(4)):
+        body = rng.randbytes(rng.randrange(300))
+        size = rng.choice((len(body),) * 6 + (0, 10**9, 10**15, 10**30))
+        parts.append(f"file {rng.choice(names)} {size}\n".encode() + body + b"\n")
+    data = b"".join(some(lambda found, rng: changed_list(
+        found, rng, lambda part: changed_bytes(part, rng)), parts, rng))
+    digest = hashlib.sha256(data if rng.random() < 0.5 else b"").hexdigest()
+    return data + f"sha256 {digest}\n".encode()
+
+
+# -- its laws: `data` must not raise anything, whatever it is --
+
+
+def outcome_of(call, *arguments):
+    """What a call returns, or the refusal that it raises."""
+    try:
+        return call(*arguments)
+    except Refused as refused:
+        return refused.refusal
+
+
+def obey_message(data, rng):
+    """What is read can be written, and is then read the same."""
+    found = outcome_of(decode_message, data)
+    if found is not None and not isinstance(found, Refusal):
+        assert type(found).decode(found.encode()) == found
+        str(found)
+
+
+def framed(framing, parts):
+    """(payloads, refusal or None, what is left) of a stream in these parts."""
+    payloads, refusal = [], None
+    try:
+        for part in parts:
+            framing.receive(part)
+            payloads += iter(framing.take, None)
+    except Refused as refused:
+        refusal = refused.refusal
+    left = framing.rest if refusal is None else b""
+    return payloads, refusal, left
+
+
+def obey_framing(kind, data, rng):
+    """In pieces as at once; nothing beyond the limit, nothing out of nothing."""
+    limits = rng.choice(((64, False), (1000, True), (1 << 16, True)))
+    whole = framed(kind(*limits), [data])
+    framing = kind(*limits)
+    pieces = framed(framing, random_pieces(data, rng))
+    if whole[1] and not pieces[1]:  # two bytes decide whether a long frame is a book
+        pieces = pieces[0], framed(framing, [b"\0\0"])[1], b""
+    assert pieces == whole
+    most = rustdesk_server.MAX_ONLINE_REQUEST_BYTES if limits[1] else limits[0]
+    assert all(len(payload) <= most for payload in whole[0])
+    assert framing.pending <= len(data) + 2
+
+
+def obey_skim(data, rng):
+    """What is skimmed early says the same later, but for its control frames."""
+    framing = rustdesk_server.WebSocketFraming(1 << 16)
+    try:
+        for part in random_pieces(data, rng):
+            framing.receive(part)
+            framing.skim()
+    except Refused:
+        return
+    if not framing.closed:
+        assert translated(True, [framing.rest]) == translated(True, [data])
+        assert translated(False, [framing.rest]) == translated(False, [data])
+
+
+def translated(to_websocket, parts, kind=None):
+    """(bytes for the reader, refusal or None) of a stream in these parts."""
+    translator = (kind or rustdesk_server.WebSocketTranslator)(to_websocket)
+    out, refusal = [], None
+    try:
+        for part in parts:
+            out.append(bytes(translator.translate(part)))
+    except Refused as refused:
+        out.append(refused.passed)
+        refusal = refused.refusal
+    return b"".join(out), refusal, translator.closed
+
+
+def obey_translator(data, rng):
+    """In pieces as at once; a reader finds the messages, and no more bytes than
+    headers may add."""
+    for to_websocket in (True, False):
+        whole = translated(to_websocket, [data])
+        assert translated(to_websocket, random_pieces(data, rng)) == whole
+        assert len(whole[0]) <= 2 * len(data) + 16
+    taken, refusal, _ = framed(rustdesk_server.WebSocketFraming(1 << 26), [data])
+    if refusal is None:
+        told = framed(rustdesk_server.LengthFraming(1 << 26), [whole[0]])[0]
+        assert told == taken
+
+
+def obey_frame_translator(data, rng):
+    """The same from frames; what a WebSocket's reader gets are the frames."""
+    kind = rustdesk_server.FrameTranslator
+    whole = translated(True, [data], kind)
+    assert translated(True, random_pieces(data, rng), kind) == whole
+    assert len(whole[0]) <= 10 * len(data) + 16
+    payloads, at = [], 0
+    told = whole[0]
+    while at + 2 <= len(told):
+        size, start = told[at + 1], at + 2
+        if size > 125:
+            start += 2 if size == 126 else 8
+            size = int.from_bytes(told[at + 2:start], "big")
+        payloads += [told[start:start + size]] * (start + size <= len(told))
+        at = start + size
+    framing = rustdesk_server.LengthFraming(rustdesk_server.MAX_MESSAGE_BYTES)
+    expected = framed(framing, [data])[0]
+    assert payloads[:len(expected)] == expected and len(payloads) <= len(expected) + 1
+
+
+def obey_head(data, rng):
+    """More bytes change nothing, and nobody stumbles over what was read."""
+    found = outcome_of(rustdesk_server.parse_request_head, data)
+    if found is None or isinstance(found, Refusal):
+        return
+    request, size = found
+    assert size <= len(data)
+    assert rustdesk_server.parse_request_head(data[:size]) == found
+    assert rustdesk_server.parse_request_head(data[:size] + b"more") == found
+    assert request.body_size < 10**10
+    rustdesk_server.wants_websocket(request)
+    response, _ = rustdesk_server.answer_handshake(request)
+    assert response.startswith(b"HTTP/1.1 ") and response.count(b"\r\n\r\n") == 1
+    ip = rustdesk_server.header_ip(request, rustdesk_server.is_loopback)
+    assert ip is None or rustdesk_server.network_key(ip)
+
+
+def obey_proxy(data, rng):
+    """A header that is whole is read whole, and names an address."""
+    if not rustdesk_server.is_proxy_header(data):
+        return
+    found = outcome_of(rustdesk_server.parse_proxy_header, data)
+    if found is None or isinstance(found, Refusal):
+        return
+    address, size = found
+    assert size <= len(data)
+    assert rustdesk_server.parse_proxy_header(data[:size]) == found
+    if address is not None:
+        assert 0 <= address.port < 65536
+        assert rustdesk_server.network_key(address.ip) and str(address)
+        rustdesk_server.is_private(address.ip)
+
+
+def obey_address(data, rng):
+    """What is taken from a stranger can be told to another one."""
+    found = outcome_of(rustdesk_server.unmangle_strictly, data)
+    if not isinstance(found, Refusal):
+        again = rustdesk_server.mangle(found, rng.getrandbits(32))
+        assert rustdesk_server.unmangle_strictly(again) == found
+
+
+def receive_tickets(parts):
+    """The session uuids that a receiver takes out of these parts."""
+    receiver = rustdesk_server.TicketReceiver(b"s" * 32, b"c" * 32)
+    taken = []
+    try:
+        for part in parts:
+            taken += [uuid for uuid, _ in receiver.receive(part)]
+    except Refused as refused:
+        assert refused.refusal is Refusal.BAD_TICKETS
+    return taken
+
+
+def obey_tickets(data, rng):
+    """Only what was announced is taken, and in its order."""
+    whole = receive_tickets(line + b"\n" for line in data.split(b"\n"))
+    assert whole == [None, *FUZZED_UUIDS][:len(whole)]
+    for parts in ([data], random_pieces(data, rng)):
+        taken = receive_tickets(parts)
+        assert taken == whole[:len(taken)]
+
+
+def fuzz_file(data):
+    """A file of this process's own that holds these bytes."""
+    path = os.path.join(tempfile.gettempdir(), f"rustdesk-fuzz-{os.getpid()}")
+    with open(path, "wb") as file:
+        file.write(data)
+    return path
+
+
+def obey_store(data, rng):
+    """Any file can be loaded, gone on with, and then loads the same."""
+    store = rustdesk_server.PeerStore(fuzz_file(data))
+    store.load()
+    store.open()
+    store.append([(rustdesk_server.Peer("new_peer", b"u", bytes(32)), None)])
+    store.close()
+    again = rustdesk_server.PeerStore(store.path)
+    again.load()
+    assert list(again.peers) == list(store.peers)
+    assert all(again.peers[i].is_same(peer) for i, peer in store.peers.items())
+    for peer in store.peers.values():
+        taken, _ = rustdesk_server.peer_from_line(peer.to_line().encode())
+        assert taken.is_same(peer) and (taken.seen, taken.created) == (
+            peer.seen, peer.created)
+        taken.is_untried()
+        time.localtime(peer.seen)
+
+
+def obey_config(data, rng):
+    """A configuration is taken, or the operator is told why not."""
+    try:
+        config = rustdesk_server.load_config(
+            "both", {"config": fuzz_file(data)}, {}, "/nonexistent")
+        rustdesk_server.Limits(config).place("192.0.2.1")
+    except rustdesk_server.ConfigTrouble as trouble:
+        assert str(trouble)
+
+
+def obey_backup(data, rng):
+    """A backup is whole, or it is said to be none."""
+    try:
+        files = rustdesk_server.read_backup(fuzz_file(data))
+    except rustdesk_server.MaintenanceTrouble:
+        return
+    assert all(at + size <= len(data) for at, size in files.values())
+
+
+def message_bytes(rng):
+    return some(changed_payload, conversation(rng, Lore())[0], rng)
+
+
+def address_bytes(rng):
+    address = rng.choice((("192.0.2.5", 21116), ("2001:db8::1", 5), ("0.0.0.0", 1)))
+    return some(changed_bytes, mangle(address), rng)
+
+
+#: What is fuzzed without sockets: how its bytes are made, and its law.
+PURE_PARTS = {
+    "message": (message_bytes, obey_message),
+    "frames": (frames_stream, functools.partial(
+        obey_framing, rustdesk_server.LengthFraming)),
+    "websocket": (websocket_stream, functools.partial(
+        obey_framing, rustdesk_server.WebSocketFraming)),
+    "skim": (websocket_stream, obey_skim),
+    "websocket translator": (websocket_stream, obey_translator),
+    "frame translator": (frames_stream, obey_frame_translator),
+    "http": (http_head, obey_head),
+    "proxy": (proxy_header, obey_proxy),
+    "address": (address_bytes, obey_address),
+    "tickets": (ticket_lines, obey_tickets),
+    "store": (store_text, obey_store),
+    "configuration": (config_text, obey_config),
+    "backup": (backup_bytes, obey_backup),
+}
+
+
+class Finding(AssertionError):
+    """An input that broke a law: which, and how to have it again."""
+
+
+def obey(name, data, words):
+    """Hold one input to the law of its part."""
+    try:
+        PURE_PARTS[name][1](data, random.Random(words))
+    except Exception as error:
+        raise Finding(f"{name}: {error!r}\n  case {words!r}\n  {data!r}") from error
+
+
+#: Inputs that once broke something: the part, the bytes, and what they broke.
+CORPUS = [
+]
+
+
+@pytest.mark.parametrize("name, data, broke", CORPUS)
+def test_what_the_fuzzer_found_breaks_nothing_any_more(name, data, broke):
+    for words in "abc":  # cut in other pieces each time
+        obey(name, data, words)
+
+
+def fuzz_pure(seed, seconds):
+    """Fuzz every pure part in turn; returns how many cases of each, and the
+    findings."""
+    rounds = {name: cases(seed, name) for name in PURE_PARTS}
+    done, findings = collections.Counter(), []
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        for name, numbers in rounds.items():
+            words, rng = next(numbers)
+            try:
+                obey(name, PURE_PARTS[name][0](rng), words)
+            except Finding as finding:
+                findings.append(finding)
+            done[name] += 1
+    return done, findings
+
+
+# -- its victims: servers of their own, whose life is watched --
+
+
+class BookServer:
+    """A server within this process, whose books can be read; its console and its
+    door do all they can."""
+
+    def __init__(self):
+        self.directory = tempfile.mkdtemp(prefix="rustdesk-books-")
+        self.log_path = os.path.join(self.directory, "server.log")
+        with open(self.secret_path, "w", encoding="ascii") as file:
+            file.write("s" * 32)
+
+    @property
+    def secret_path(self):
+        return os.path.join(self.directory, "secret")
+
+    def configuration(self):
+        flags = {"bind": "127.0.0.1", "port": "0", "relay_tickets": "off",
+                 "relay_secret": self.secret_path, "console": "full"}
+        return rustdesk_server.load_config("both", flags, {}, self.directory)
+
+    def __enter__(self):
+        log = rustdesk_server.Log(path=self.log_path)
+        self.server = rustdesk_server.Server(
+            self.configuration(), "both", self.directory, log)
+        self.server.load = self.configuration
+        self.server.open_listeners()
+        self.ports = {listener.name: listener.address.port
+                      for listener in self.server.listeners}
+        self.thread = threading.Thread(target=self.server.loop.run, daemon=True)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *exception):
+        self.server.loop.later(0.0, self.server.loop.stop)
+        self.server.helper.wake()
+        self.thread.join(DEADLINE_SECONDS)
+        self.server.close()
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    address = ServerProcess.address
+    log = ServerProcess.log
+    path = ServerProcess.path
+    read = ServerProcess.read
+    public_key = ServerProcess.public_key
+
+    def books(self):
+        """What has to be nothing again once all strangers have left."""
+        server, relay = self.server, self.server.relay
+        crowd = server.crowd
+        told = {"held bytes": server.held_bytes, "pending bytes": server.pending_bytes,
+                "links": len(crowd.links), "strangers": len(crowd.strangers),
+                "links by place": len(crowd.links_at), "pipes": len(server.pipes),
+                "strangers by place": len(crowd.strangers_at),
+                "early": len(relay.early), "early by place": len(relay.early_at),
+                "waiting": len(relay.waiting), "waiting by place":
+                len(relay.waiting_at), "sessions": len(relay.sessions),
+                "sessions by place": len(relay.sessions_at),
+                "pseudo addresses": len(server.pseudo_addresses)}
+        return {name: number for name, number in told.items() if number}
+
+
+def descriptors(pid="self"):
+    return len(os.listdir(f"/proc/{pid}/fd"))
+
+
+def deliver(link, data, rng):
+    """Send in pieces, perhaps take an answer, and leave in one of three ways."""
+    with contextlib.suppress(OSError, TimeoutError):
+        for piece in random_pieces(data, rng):
+            link.send_raw(piece)
+        if rng.random() < 0.5:
+            link.read(rng.choice((0.0, 0.003, 0.03)))
+        if rng.random() < 0.3:
+            link.socket.shutdown(socket.SHUT_WR)
+            link.read(0.01)
+    if rng.random() < 0.3:
+        link.reset()
+    else:
+        link.close()
+
+
+def fuzzed_link(server, rng, names=TCP_PORTS + WEBSOCKET_PORTS):
+    """A fresh connection to one of the ports, now and then from the operator's
+    address."""
+    ip = "127.0.0.1" if rng.random() < 0.2 else next_ip()
+    return TcpLink(server.address(rng.choice(names)), (ip, 0))
+
+
+def lore_of(server):
+    """What strangers know of this server; not the peer that is watched."""
+    return Lore(("bait_peer_1", "bait_peer_2"), server.public_key,
+                ("0" * 32, "1" * 32, os.urandom(8).hex()),
+                "127.0.0.1:%d" % server.ports["relay"])
+
+
+def fuzz_frames(server, rng):
+    deliver(fuzzed_link(server, rng), frames_stream(rng, lore_of(server)), rng)
+
+
+def fuzz_websocket(server, rng):
+    path = rng.choice((b"GET / ", b"GET /ws/id ", b"GET /ws/relay "))
+    data = HANDSHAKE.replace(b"GET / ", path) + websocket_stream(rng, lore_of(server))
+    deliver(fuzzed_link(server, rng), data, rng)
+
+
+def fuzz_http(server, rng):
+    deliver(fuzzed_link(server, rng), http_head(rng), rng)
+
+
+def fuzz_proxy(server, rng):
+    follows = rng.choice((frames_stream, http_head, proxy_header))(rng)
+    deliver(fuzzed_link(server, rng), proxy_header(rng) + follows, rng)
+
+
+CONSOLE_WORDS = ("h", "rs", "ib", "ic", "pr", "aur", "tg", "ba", "br", "b", "Ba", "Br",
+                 "B", "dt", "t", "ls", "tb", "sb", "u", "127.9.9.9", "all", "0.5", "Y",
+                 "relay-servers", "usage", "fuzzed.example:5", "0", "10000000")
+
+
+def fuzz_console(server, rng):
+    words = [rng.choice((*CONSOLE_WORDS, *NASTY_TEXTS)) for _ in range(rng.randrange(5))]
+    data = (" ".join(words) + rng.choice(("\n", "\r\n", ""))).encode("utf-8", "replace")
+    with TcpLink(server.address(rng.choice(("nat-test", "relay")))) as link:
+        deliver(link, some(changed_bytes, data, rng), rng)
+
+
+def fuzz_tickets(server, rng):
+    """An announcer with the secret, which nearly says what it should."""
+    link = fuzzed_link(server, rng, ["relay"])
+    with contextlib.suppress(OSError, TimeoutError, ValueError):
+        link.send_raw(rustdesk_server.TICKETS_GREETING)
+        challenge = bytes.fromhex(link.read(1.0).decode("ascii"))
+        sender = rustdesk_server.TicketSender(b"s" * 32, challenge)
+        lines = [sender.line("")] + [
+            sender.announcement(rustdesk_server.Broker(uuid, "bait_peer_1", True), ())
+            for uuid in lore_of(server).uuids]
+        deliver(link, some(changed_bytes, b"".join(lines), rng), rng)
+    link.close()
+
+
+def fuzz_datagrams(server, rng):
+    with open_socket((next_ip(), 0), socket.SOCK_DGRAM) as sender:
+        for _ in range(8):
+            for payload in conversation(rng, lore_of(server)):
+                data = some(changed_payload, payload, rng)[:60_000]
+                sender.sendto(data, server.address("rendezvous"))
+
+
+def fuzz_tls(server, rng):
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    data = client_hello(context)
+    deliver(fuzzed_link(server, rng), some(changed_bytes, data, rng), rng)
+
+
+def fuzz_session(server, rng):
+    """Two paired links, of either kind, that then say anything."""
+    links, sides = [], [rng.random() < 0.7 for _ in range(2)]
+    request = relay_request(server, os.urandom(8).hex())
+    for is_websocket in sides:
+        link = fuzzed_link(server, rng, WEBSOCKET_PORTS[1:] if is_websocket
+                           else ["relay"])
+        link.send_raw(HANDSHAKE + websocket_frame(BINARY, request) if is_websocket
+                      else frame(request))
+        links.append(link)
+    for link, is_websocket in zip(links, sides):
+        data = (websocket_stream if is_websocket else frames_stream)(rng)
+        with contextlib.suppress(OSError):
+            link.send_raw(data)
+    for link in links:
+        deliver(link, rng.choice((b"", frames_stream(rng))), rng)
+
+
+DOOR_LINES = (["peers"], ["peers", "bait_peer_1"], ["sessions"], ["kick", "1"],
+              ["kick", "bait_peer_1"], ["forget", "bait_peer_2"], ["approve"],
+              ["reclaim", "bait_peer_1"], ["disable", "bait_peer_2"], ["limits"],
+              ["allow", "192.0.2.0/24"], ["refuse", "192.0.2.7", "-"], ["reload"],
+              ["limits", "sessions", "5000"], ["relay-servers"], ["limits", "sessions"],
+              ["always-use-relay", "N"], ["relay-servers", "-"])
+
+
+def changed_words(words, rng):
+    """A command whose words are others, or no words at all."""
+    odd = (*NASTY_TEXTS, *NASTY_NUMBERS, None, [], {}, ["x"], True, -1, 1.5)
+    return rng.choice((
+        changed_list(words, rng, lambda word: rng.choice(odd)), rng.choice(odd),
+        [*words, rng.choice(odd)], {str(word): word for word in words}))
+
+
+def fuzz_door(server, rng):
+    """The operator's socket, which only the operator can reach; he may err."""
+    words = rng.choice(DOOR_LINES)
+    line = json.dumps(changed_words(words, rng) if rng.random() < 0.7 else words)
+    data = line.encode() + b"\n"
+    door = server.path(rustdesk_server.door_name("both"))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.settimeout(DEADLINE_SECONDS)
+        sock.connect(door)
+        sock.sendall(data if rng.random() < 0.8 else changed_bytes(data, rng) + b"\n")
+        assert sock.recv(1 << 20), "the door gives no answer"
+
+
+STRANGERS = (fuzz_frames, fuzz_frames, fuzz_websocket, fuzz_websocket, fuzz_http,
+             fuzz_proxy, fuzz_console, fuzz_tickets, fuzz_datagrams, fuzz_tls,
+             fuzz_session, fuzz_session)
+
+
+def run_case(server, call, words, findings):
+    """One stranger's visit; what it breaks here is a finding."""
+    try:
+        call(server, random.Random(words))
+    except (OSError, TimeoutError):
+        pass  # the server may hang up whenever it likes
+    except Exception as error:
+        findings.append(Finding(f"{call.__name__}: {error!r}\n  case {words!r}"))
+
+
+def fuzz_live(server, seed, seconds, callers, is_well):
+    """Send strangers for so long; every second the server has to be well.  Returns
+    how many came, and the findings."""
+    numbers = cases(seed, "live")
+    done, findings, look_at = collections.Counter(), [], 0.0
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and len(findings) < 20:
+        words, rng = next(numbers)
+        call = rng.choice(callers)
+        run_case(server, call, words, findings)
+        done[call.__name__] += 1
+        if time.monotonic() > look_at:
+            look_at = time.monotonic() + 1.0
+            findings += [Finding(f"case {words!r} or before: {trouble}")
+                         for trouble in is_well()]
+    return done, findings + [Finding(trouble) for trouble in is_well()]
+
+
+def faults_in(log):
+    """The last lines of every traceback in a log."""
+    return ["the log has a traceback:\n" + "\n".join(part.split("\n")[:30])[:3000]
+            for part in log.split("Traceback")[1:4]]
+
+
+class Torment:
+    """A server process that is fuzzed, with a registered peer that strangers do
+    not know; its memory and its descriptors are those of the beginning at the end."""
+
+    #: Strangers may leave 500 ids a minute behind, 1 KiB each, and full tables.
+    GROWTH_KIB = 24 << 10
+
+    def __init__(self, seed):
+        self.seed = seed
+        self.stack = contextlib.ExitStack()
+        self.rounds = itertools.count()
+
+    def __enter__(self):
+        folder = self.stack.enter_context(tempfile.TemporaryDirectory())
+        secret = os.path.join(folder, "secret")
+        with open(secret, "w", encoding="ascii") as file:
+            file.write("s" * 32)
+        certificate = issue(pathlib.Path(folder))
+        self.server = self.stack.enter_context(ServerProcess(
+            "--relay-secret", secret, *certificate.arguments))
+        self.peer = self.stack.enter_context(Peer(self.server).registered())
+        self.before = descriptors(self.server.process.pid)
+        self.kib = None
+        return self
+
+    def __exit__(self, *exception):
+        return self.stack.__exit__(*exception)
+
+    def is_well(self):
+        """What is wrong with the server now: sentences."""
+        troubles = faults_in(self.server.log())
+        try:
+            renew_at_last(self.peer)
+            if not is_reached_at(self.server, self.peer):
+                troubles.append("the registered peer is not reached")
+        except (OSError, AssertionError) as error:
+            troubles.append(f"the registered peer is not served: {error!r}")
+        return troubles
+
+    def run(self, seconds):
+        seed = f"{self.seed} {next(self.rounds)}"
+        found = fuzz_live(self.server, seed, seconds, STRANGERS, self.is_well)
+        self.kib = self.kib or self.server.resident_kib()
+        return found
+
+    def leaks(self):
+        """What did not come back: sentences."""
+        pid, kib = self.server.process.pid, self.server.resident_kib() - self.kib
+        with contextlib.suppress(AssertionError):
+            wait_until(lambda: descriptors(pid) <= self.before + 2)
+        more, troubles = descriptors(pid) - self.before, []
+        if more > 2:
+            troubles.append(Finding(f"{more} more descriptors than before"))
+        if kib > self.GROWTH_KIB:
+            troubles.append(Finding(f"{kib} KiB more memory than after the first round"))
+        return troubles
+
+
+class Audit:
+    """A server in this process that is fuzzed, the door as well; its books are
+    balanced at the end."""
+
+    def __init__(self, seed):
+        self.seed = seed
+        self.victim = BookServer()
+        self.rounds = itertools.count()
+
+    def __enter__(self):
+        self.victim.__enter__()
+        return self
+
+    def __exit__(self, *exception):
+        self.victim.__exit__(*exception)
+
+    def is_well(self):
+        return faults_in(self.victim.log())
+
+    def run(self, seconds):
+        seed = f"{self.seed} {next(self.rounds)} audited"
+        callers = (*STRANGERS, fuzz_door, fuzz_door)
+        return fuzz_live(self.victim, seed, seconds, callers, self.is_well)
+
+    def leaks(self):
+        """What the books still hold."""
+        with contextlib.suppress(AssertionError):
+            wait_until(lambda: not self.victim.books())
+        books = self.victim.books()
+        return [Finding(f"the books still hold {books}")] if books else []
+
+
+def fuzz_program(arguments):
+    """`fuzz --seconds N [--seed N]`: everything in turn, what was found at the end."""
+    parser = argparse.ArgumentParser(prog="test_rustdesk_server.py fuzz")
+    parser.add_argument("--seconds", type=float, default=600.0)
+    parser.add_argument("--seed", default=str(random.SystemRandom().getrandbits(32)))
+    given = parser.parse_args(arguments)
+    print(f"seed {given.seed}", flush=True)
+    done, findings = collections.Counter(), []
+    end = time.monotonic() + given.seconds
+    with Torment(given.seed) as torment, Audit(given.seed) as audit:
+        for number in itertools.count():
+            parts = (functools.partial(fuzz_pure, f"{given.seed} {number}"),
+                     torment.run, audit.run)
+            for part in parts:
+                counted, found = part(min(10.0, max(0.5, end - time.monotonic())))
+                done += counted
+                findings += found
+                report_findings(found)
+            if time.monotonic() >= end or len(findings) > 100:
+                break
+        found = torment.leaks() + audit.leaks()
+        report_findings(found)
+        print(json.dumps({"seed": given.seed, "seconds": given.seconds, "cases": done,
+                          "grown_kib": torment.server.resident_kib() - torment.kib,
+                          "findings": len(findings + found)}), flush=True)
+    return 1 if findings + found else 0
+
+
+def report_findings(findings):
+    """Print a few of what was found."""
+    for finding in findings[:5]:
+        print(f"found: {str(finding)[:4000]}", flush=True)
+
+
+#: Programs of this file beside the tests.
+PROGRAMS = {"fuzz": fuzz_program}
