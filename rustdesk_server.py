@@ -10107,7 +10107,7 @@ def put_file(path, name, put):
 def read_backup(path):
     """{name: (offset, size)} of a backup's files; MaintenanceTrouble if
     damaged."""
-    files, digest = {}, hashlib.sha256()
+    files, digest, whole = {}, hashlib.sha256(), os.path.getsize(path)
     with open(path, "rb") as file:
         line = file.readline(1000)
         if line.strip() != BACKUP_TITLE.encode():
@@ -10117,6 +10117,8 @@ def read_backup(path):
             words = line.split()
             if len(words) == 3 and words[0] == b"file" and words[2].isdigit():
                 size = int(words[2])
+                if size > whole - file.tell():
+                    raise MaintenanceTrouble(f"{path} is damaged: it is cut short")
                 files[words[1].decode("ascii", "replace")] = file.tell(), size
                 for data in pieces(file, size, path):
                     digest.update(data)

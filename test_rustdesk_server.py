@@ -16017,6 +16017,10 @@ def obey(name, data, words):
 
 #: Inputs that once broke something: the part, the bytes, and what they broke.
 CORPUS = [
+    ("backup", b"rustdesk_server backup 1\nfile id_ed25519 1%s\n" % (b"0" * 30),
+     "a size that no memory holds was read at once: OverflowError"),
+    ("backup", b"rustdesk_server backup 1\nfile id_ed25519 1000000000000000\n",
+     "the same: MemoryError"),
 ]
 
 
