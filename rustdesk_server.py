@@ -4177,6 +4177,9 @@ class Cap:
 #: States of a peer, besides "": it is not served; the next device that claims
 #: its id gets it; a line that ends what earlier lines say of an id.
 DISABLED, RELEASED, FORGOTTEN = "disabled", "released", "forgotten"
+#: Seconds since 1970 that every system can show as a date, until the year
+#: 3000.
+LATEST_TIME = 32_503_680_000
 
 
 class Peer:
@@ -4256,6 +4259,7 @@ def peer_from_line(line):
         device_uuid = base64.b64decode(entry["uuid"], validate=True)
         public_key = base64.b64decode(entry["pk"], validate=True)
         ip, created = str(entry.get("ip", "")), int(entry.get("created", 0))
+        ip.encode("utf-8")
         seen, replaces = int(entry.get("seen", 0)), entry.get("replaces")
         state = entry.get("state", "")
     except (KeyError, TypeError, AttributeError):
@@ -4264,6 +4268,8 @@ def peer_from_line(line):
         raise ValueError("an entry of a wrong kind")
     if state not in ("", DISABLED, RELEASED, FORGOTTEN):
         raise ValueError(f"its state {state!r} is unknown")
+    if not (0 <= created < LATEST_TIME and 0 <= seen < LATEST_TIME):
+        raise ValueError("a time that no calendar has")
     if not peer_id or not device_uuid or len(public_key) != PUBLIC_KEY_BYTES:
         raise ValueError("an id, device uuid or key of the wrong size")
     peer = Peer(peer_id, device_uuid, public_key, ip, created, seen, state)

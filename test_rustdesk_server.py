@@ -16017,6 +16017,12 @@ def obey(name, data, words):
 
 #: Inputs that once broke something: the part, the bytes, and what they broke.
 CORPUS = [
+    ("store", b'{"id":"peer_0","uuid":"dQ==","pk":"%s=","ip":"\\ud800"}\n' % (b"A" * 43),
+     "an address with half a character could not be written again, so the file was "
+     "never compacted and no last-seen time stored: UnicodeEncodeError"),
+    ("store", b'{"id":"peer_0","uuid":"dQ==","pk":"%s=","seen":%d}\n' % (
+        b"A" * 43, 1 << 63),
+     "a time beyond the calendar left `peers` without an answer: OverflowError"),
     ("backup", b"rustdesk_server backup 1\nfile id_ed25519 1%s\n" % (b"0" * 30),
      "a size that no memory holds was read at once: OverflowError"),
     ("backup", b"rustdesk_server backup 1\nfile id_ed25519 1000000000000000\n",
