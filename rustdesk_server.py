@@ -9436,12 +9436,16 @@ class Operator:
     def obey(self, line, answer):
         """Do what a line asks for; a mistake is answered as {"fault": why}."""
         try:
-            name, *words = json.loads(line)
+            words = json.loads(line)
+            if not (isinstance(words, list) and words
+                    and all(isinstance(word, str) for word in words)):
+                raise Mistake("a command is a list of words")
+            name, *words = words
             command = self.COMMANDS.get(name)
             if command is None:
                 raise Mistake(f"there is no command {name}")
             command(self, words, answer)
-        except (Mistake, ConfigTrouble, ValueError) as mistake:
+        except (Mistake, ConfigTrouble, ValueError, RecursionError) as mistake:
             answer({"fault": str(mistake)})
         except OSError as error:
             answer({"fault": f"the disk does not take it: {error.strerror}"})

@@ -16116,6 +16116,16 @@ class BookServer:
         return {name: number for name, number in told.items() if number}
 
 
+@pytest.fixture
+def book_server():
+    """A server whose books have to be balanced again when a test is over."""
+    with BookServer() as started:
+        yield started
+        with contextlib.suppress(AssertionError):
+            wait_until(lambda: not started.books())
+        assert started.books() == {} and not faults_in(started.log())
+
+
 def descriptors(pid="self"):
     return len(os.listdir(f"/proc/{pid}/fd"))
 
@@ -16254,6 +16264,18 @@ def fuzz_door(server, rng):
         sock.connect(door)
         sock.sendall(data if rng.random() < 0.8 else changed_bytes(data, rng) + b"\n")
         assert sock.recv(1 << 20), "the door gives no answer"
+
+
+@pytest.mark.parametrize("line", [
+    b"5", b"true", b"null", b"[]", b"{}", b"[[]]", b'[{"a":1}]', b'["limits",5]',
+    b'["kick",["x"]]', b'["refuse",null]', b"[" * 20_000, b"\xff", b""])
+def test_the_door_answers_whatever_it_is_told(book_server, line):
+    """The audited server met each of these with a traceback and no answer."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.settimeout(DEADLINE_SECONDS)
+        sock.connect(book_server.path(rustdesk_server.door_name("both")))
+        sock.sendall(line + b"\n")
+        assert "fault" in json.loads(sock.recv(1 << 16))
 
 
 STRANGERS = (fuzz_frames, fuzz_frames, fuzz_websocket, fuzz_websocket, fuzz_http,
