@@ -7975,6 +7975,7 @@ class Translation(Pipe):
             data = translator.translate(data)
             collected = len(translator.collected) - before
         except Refused as refused:
+            self.server.held_bytes += len(translator.collected) - before
             self.server.refuse(refused.refusal, (
                 f"session {self.session.number}: {self.source.address}: "
                 f"{refused.detail}"))

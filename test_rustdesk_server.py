@@ -16278,6 +16278,23 @@ def test_the_door_answers_whatever_it_is_told(book_server, line):
         assert "fault" in json.loads(sock.recv(1 << 16))
 
 
+def test_an_unfinished_message_that_ends_in_a_broken_frame_is_not_counted_twice(
+        book_server):
+    """What came of it together with the broken frame was taken off the budget for
+    slow ends, but had never been put on: its limit could be worn away."""
+    one = open_raw_websocket(book_server, "relay-websocket")
+    with one, TcpLink(book_server.address("relay"), (next_ip(), 0)) as two:
+        request = relay_request(book_server, new_session_uuid())
+        one.send(request)
+        two.send(request)
+        two.send(b"hello")
+        assert one.receive() == b"hello"
+        one.send_raw(websocket_frame(BINARY, bytes(5000), final=False)
+                     + websocket_frame(3, b""))
+        assert two.ended()
+        assert book_server.server.held_bytes == 0
+
+
 STRANGERS = (fuzz_frames, fuzz_frames, fuzz_websocket, fuzz_websocket, fuzz_http,
              fuzz_proxy, fuzz_console, fuzz_tickets, fuzz_datagrams, fuzz_tls,
              fuzz_session, fuzz_session)
