@@ -6102,8 +6102,10 @@ class Relay:
     def wait_for_ticket(self, link, now):
         """A link may be a little ahead of the ID server's word about it."""
         if self.early_at.get(link.place, 0) >= self.limits.early_links_per_address:
-            yield from self.turn_away(link, Refusal.NO_TICKET)
-            return
+            oldest = next(early for early in self.early.entries
+                          if early.place == link.place)
+            self.leave_early(oldest)
+            yield from self.turn_away(oldest, Refusal.NO_TICKET)
         self.early_at.add(link.place)
         evicted = self.early.evict()
         if evicted is not None:
