@@ -20,6 +20,7 @@
     python3 test_rustdesk_server.py --all          the slow ones and the matrix too
     python3 test_rustdesk_server.py -k relay -x    any arguments of pytest
     python3 test_rustdesk_server.py fuzz --seconds 600 [--seed N]
+    python3 test_rustdesk_server.py floods         a benchmark of what strangers do
 
 The sections are those of rustdesk_server.py, in its order, after the harness and
 the clients and before the matrix, the house and the fuzz.  What is tested through
@@ -50,6 +51,7 @@ import pathlib
 import random
 import re
 import select
+import selectors
 import shlex
 import shutil
 import signal
@@ -11900,6 +11902,501 @@ def test_browser_registers_asks_dials_and_relays(open_server, way, tmp_path, req
     page = browser_page(open_server, scheme, address)
     assert run_in_browser(page, tmp_path) == BROWSER_SAYS
 
+# -- floods --
+#
+# Strangers in numbers, bounded in count and time, from a process of their own;
+# meanwhile a registered pair connects: a renewal by UDP, a hole punch, a relayed
+# session.  Small ones are tests.  In full they are a benchmark, which as root
+# moves into a network of its own first:
+#
+#     python3 test_rustdesk_server.py floods [--seconds 10] [--only NAME] [--json]
+
+#: What a flood may leave behind: full tables, and memory that Python keeps.
+FLOOD_GROWTH_KIB = 48 << 10
+
+#: A pair connects in this time whatever the strangers do.
+CONNECT_SECONDS = 1.0
+
+#: Tells the server's own counters when it ends: the log stops at 20 lines a minute.
+COUNTING_SERVER = """
+import json, sys
+sys.path.insert(0, %r)
+import rustdesk_server
+close = rustdesk_server.Server.close
+def close_and_tell(server):
+    server.log.info("counted " + json.dumps(server.attempts.counters))
+    close(server)
+rustdesk_server.Server.close = close_and_tell
+sys.exit(rustdesk_server.main(sys.argv[1:]))
+"""
+
+#: `count` attempts in all and `width` at a time, to the ports in turn; `chunks`
+#: gives what number n says, one piece every `pause` seconds; who `stays` does so
+#: when all is said; `words` are the refusals that have to be counted, for one
+#: attacking address and for many.
+Flood = collections.namedtuple(
+    "Flood", "name ports width count chunks pause stays words")
+
+TCP_PORTS = ["rendezvous", "nat-test", "relay"]
+WEBSOCKET_PORTS = ["rendezvous-websocket", "relay-websocket"]
+ALL_PORTS = (*TCP_PORTS, *WEBSOCKET_PORTS, "api")
+
+
+def flood_relay_link(number, key):
+    """A valid request for a session that nobody arranged."""
+    return [frame(message("request_relay", id="flooded_1", uuid=os.urandom(16).hex(),
+                          licence_key=key))]
+
+
+def flood_giant(number, key):
+    """A frame, a request head or an address book without end."""
+    return ([b"\xff\xff\xff\xff" + bytes(9000)],
+            [b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 3000] * 8,
+            [b"GET /" + b"x" * 60_000] * 4,
+            [b"\x03\x00\x00\x04" + bytes(9000)] * 9,
+            [frame(b"\xba\x01" + bytes(2 << 20))[:100_000]] * 4)[number % 5]
+
+
+def flood_bomb(number, key):
+    """WebSocket messages that never end, pings without number, lengths beyond all."""
+    part = websocket_frame(CONTINUATION, bytes(60_000), final=False, mask=bytes(4))
+    first = websocket_frame(BINARY, bytes(60_000), final=False, mask=bytes(4))
+    tiny = websocket_frame(CONTINUATION, b"", final=False, mask=bytes(4)) * 10_000
+    ping = websocket_frame(PING, bytes(125), mask=bytes(4)) * 400
+    return ([HANDSHAKE + first] + [part] * 40, [HANDSHAKE] + [ping] * 40,
+            [HANDSHAKE + websocket_frame(BINARY, b"", final=False)] + [tiny] * 10,
+            [HANDSHAKE + first + first],
+            [HANDSHAKE + b"\x82\xff" + struct.pack(">Q", 1 << 62 - number % 40)
+             + bytes(4)])[number % 5]
+
+
+FLOOD_HELLO = bytes.fromhex("160301020001000001fc0303") + bytes(500)
+
+
+def flood_tls(number, key):
+    """The start of a ClientHello, and then anything but the rest."""
+    return [FLOOD_HELLO[:rng_cut(number)] + os.urandom(2000), os.urandom(2000)]
+
+
+def rng_cut(number):
+    return 6 + number % 400
+
+
+TCP_FLOODS = [
+    Flood("connections", ALL_PORTS, 10_000, 10_000, lambda number, key: [], 0,
+          True, ("too-many-strangers", "too-many-strangers")),
+    Flood("slow-loris", ALL_PORTS, 3_000, 3_000, lambda number, key: [b"\xfd", b"\x03",
+          *[b"\x08"] * 60], 1.0, True, ("too-many-strangers", "silent")),
+    Flood("relay links", ("relay",), 4_000, 200_000, flood_relay_link, 0,
+          True, ("no-ticket", "no-ticket")),
+    Flood("giant headers", ALL_PORTS, 200, 100_000, flood_giant, 0,
+          False, ("too-large", "too-large")),
+    Flood("websocket bombs", WEBSOCKET_PORTS, 200, 100_000, flood_bomb, 0,
+          False, ("too-large bad-websocket", "too-large bad-websocket")),
+    Flood("tls garbage", ALL_PORTS, 200, 100_000, flood_tls, 0,
+          False, ("tls-failed", "tls-failed")),
+]
+FORGED, NEW_IDS = "forged datagrams", "new ids"
+#: (name, whether the strangers share the pair's address), all of them.
+FLOODS = [(name, same) for name in [*(flood.name for flood in TCP_FLOODS), NEW_IDS,
+                                    FORGED] for same in (True, False)
+          if (name, same) != (FORGED, True)]
+
+
+class TcpFlood:
+    """The strangers of one flood, in one process."""
+
+    #: Who does not stay leaves so long after the last word, when it was read.
+    READING_SECONDS = 0.3
+
+    def __init__(self, flood, addresses, source, key, seconds, scale):
+        self.flood, self.addresses = flood, addresses
+        self.source, self.key = source, key
+        self.width = max(20, int(flood.width * scale))
+        self.left = max(self.width, int(flood.count * scale))
+        self.end = time.monotonic() + seconds
+        self.selector = selectors.DefaultSelector()
+        self.waiting = collections.deque()  # (when, socket, chunks) of slow ones
+        self.attempts = self.open = 0
+
+    def run(self):
+        """Flood until the time is over; returns how often it was tried."""
+        while time.monotonic() < self.end:
+            for _ in range(64):
+                if self.open < self.width and self.left > 0:
+                    self.begin()
+            for key, _ in self.selector.select(0.01):
+                self.go_on(key.fileobj, key.data)
+            while self.waiting and self.waiting[0][0] <= time.monotonic():
+                _, sock, chunks = self.waiting.popleft()
+                if chunks is None:
+                    self.leave(sock)
+                    continue
+                self.watch(sock, selectors.EVENT_READ | selectors.EVENT_WRITE, chunks)
+        return self.attempts
+
+    def begin(self):
+        number = self.attempts
+        self.attempts, self.left = number + 1, self.left - 1
+        sock = socket.socket()
+        sock.setblocking(False)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        sock.setsockopt(socket.IPPROTO_IP, 24, 1)  # IP_BIND_ADDRESS_NO_PORT
+        sock.bind((self.source(number), 0))
+        sock.connect_ex(self.addresses[number % len(self.addresses)])
+        chunks = iter(self.flood.chunks(number, self.key))
+        self.open += 1
+        self.selector.register(sock, selectors.EVENT_WRITE, [chunks, b""])
+
+    def leave(self, sock):
+        """Reset a connection, if it is still there."""
+        if sock.fileno() >= 0:
+            self.selector.unregister(sock)
+            sock.close()
+            self.open -= 1
+
+    def watch(self, sock, events, data):
+        with contextlib.suppress(KeyError, ValueError):  # it has ended meanwhile
+            self.selector.modify(sock, events, data)
+
+    def go_on(self, sock, data):
+        """Say the next piece, throw answers away, or notice the end."""
+        try:
+            with contextlib.suppress(BlockingIOError):
+                if not sock.recv(65_536):
+                    raise ConnectionResetError
+            if not data[1]:
+                data[1] = next(data[0], None)
+            if data[1] is None:
+                self.watch(sock, selectors.EVENT_READ, data)
+                if not self.flood.stays:
+                    leave_at = time.monotonic() + self.READING_SECONDS
+                    self.waiting.append((leave_at, sock, None))
+                return
+            data[1] = data[1][sock.send(data[1]):]
+        except BlockingIOError:
+            return
+        except OSError:
+            self.leave(sock)
+            return
+        if self.flood.pause and not data[1]:
+            self.watch(sock, selectors.EVENT_READ, data)
+            self.waiting.append((time.monotonic() + self.flood.pause, sock, data))
+
+
+def flood_new_ids(address, source, seconds, scale):
+    """Registrations of devices that are not known, as fast as they can be sent."""
+    sent, end = 0, time.monotonic() + seconds
+    sockets = [open_socket((source(number), 0), socket.SOCK_DGRAM)
+               for number in range(200)]
+    while time.monotonic() < end and sent < 1_000_000 * scale:
+        sockets[sent % 200].sendto(message(
+            "register_pk", id="flood%d" % random.getrandbits(40), uuid=os.urandom(16),
+            pk=os.urandom(32)), address)
+        sent += 1
+    return sent
+
+
+def forged_datagrams(address, count):
+    """IPv4 packets for a raw socket, each from another address that is not ours."""
+    payloads = [message("register_pk", id="forged%d" % n, uuid=os.urandom(16),
+                        pk=os.urandom(32)) for n in range(count // 4)]
+    payloads += [message("register_peer", id="forged%d" % n) for n in range(count // 4)]
+    payloads += [message("punch_hole_sent", id="f", socket_addr=b"abc"),
+                 message("test_nat_request", serial=3), os.urandom(40)] * (count // 6)
+    for number, payload in enumerate(payloads):
+        size = len(payload) + 8
+        source = socket.inet_aton("10.%d.%d.%d" % (
+            number // 60_000, number // 250 % 240, 1 + number % 250))
+        yield (struct.pack(">BBHHHBBH4s4s", 0x45, 0, size + 20, 0, 0, 64, 17, 0, source,
+                           socket.inet_aton(address[0]))
+               + struct.pack(">HHHH", 1024 + number, address[1], size, 0) + payload)
+
+
+def flood_forged(address, rate, seconds):
+    """So many forged datagrams a second, as far as one processor can."""
+    packets = list(forged_datagrams(address, 20_000))
+    random.shuffle(packets)
+    with socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW) as raw:
+        began, sent = time.monotonic(), 0
+        while time.monotonic() < began + seconds:
+            ahead = sent - rate * (time.monotonic() - began)
+            if ahead > 0:
+                time.sleep(ahead / rate)
+            for number in range(sent, sent + 200):
+                raw.sendto(packets[number % len(packets)], address)
+            sent += 200
+    return sent
+
+
+def flooding(name, server, attackers, seconds, scale):
+    """The call that floods, for a process of its own; they send from one address,
+    or each time from another one if that is None."""
+    many = random.Random(name).getrandbits(16)
+
+    def source(number):
+        return attackers or "127.200.%d.%d" % ((many + number) // 250 % 250,
+                                               1 + number % 250)
+    address = server.address("rendezvous")
+    if name == FORGED:
+        return functools.partial(flood_forged, address, 100_000 * scale, seconds)
+    if name == NEW_IDS:
+        return functools.partial(flood_new_ids, address, source, seconds, scale)
+    flood = next(flood for flood in TCP_FLOODS if flood.name == name)
+    addresses = [server.address(port) for port in flood.ports]
+    return TcpFlood(flood, addresses, source, server.public_key, seconds, scale).run
+
+
+class FloodProcess:
+    """A flood that runs beside us and ends by itself, or with us."""
+
+    def __init__(self, call):
+        context = multiprocessing.get_context("fork")
+        self.ours, theirs = context.Pipe()
+        self.process = context.Process(target=lambda: theirs.send(call()), daemon=True)
+
+    def __enter__(self):
+        self.process.start()
+        return self
+
+    def __exit__(self, *exception):
+        if self.process.is_alive():
+            self.process.kill()
+        self.process.join()
+
+    def is_running(self):
+        return self.process.is_alive() and not self.ours.poll(0)
+
+    def attempts(self):
+        assert self.ours.poll(DEADLINE_SECONDS), "the flood ended badly"
+        return self.ours.recv()
+
+
+class FloodedPeer(LivePeer):
+    """B in a flood: what breaks in its threads is told by the times of A."""
+
+    def __exit__(self, *exception):
+        self.faults.clear()
+        super().__exit__(*exception)
+
+
+class FloodWatch:
+    """A pair that connects again and again while a server is flooded."""
+
+    def __init__(self, server, ip):
+        self.server, self.ip = server, ip
+        self.times, self.renewals, self.lost, self.failures = [], [], 0, []
+        self.kib = []
+        self.stack = contextlib.ExitStack()
+
+    def __enter__(self):
+        self.target = self.stack.enter_context(FloodedPeer(self.server, ip=self.ip))
+        self.renewing = self.stack.enter_context(Peer(self.server, ip=self.ip))
+        self.renewing.registered()
+        self.connect()
+        self.before = self.server.resident_kib()
+        self.times.clear()
+        self.renewals.clear()
+        return self
+
+    def __exit__(self, *exception):
+        self.stack.__exit__(*exception)
+
+    def connect(self):
+        """Once: renew by UDP, be called, meet at the relay, say hello."""
+        began = time.monotonic()
+        try:
+            self.renew()
+            self.renewals.append(time.monotonic() - began)
+            began = time.monotonic()
+            session = Initiator(self.server, ip=self.ip, force_relay=True).dial(
+                self.target.peer_id)
+            session.send(b"hello")
+            there = self.target.next_session()
+            assert there.receive() == b"hello"
+            session.close()
+            there.close()
+            self.times.append(time.monotonic() - began)
+        except Exception as error:
+            self.failures.append(repr(error)[:200])
+            self.times.append(time.monotonic() - began)
+        self.kib.append(self.server.resident_kib())
+
+    def renew(self):
+        """A renewal that is lost is sent again, sooner than clients do."""
+        for _ in range(40):
+            self.renewing.tell("register_peer", id=self.renewing.peer_id, serial=3)
+            with contextlib.suppress(TimeoutError):
+                self.renewing.receive("register_peer_response", 0.1)
+                return
+            self.lost += 1
+
+    def watch(self, process):
+        """Connect until the flood is over."""
+        while process.is_running():
+            self.connect()
+            time.sleep(0.05)
+
+
+def flood_server(name, folder, *arguments):
+    """Both roles with default settings; where TLS is tried there is a certificate."""
+    program = os.path.join(folder, "counting_server.py")
+    with open(program, "w", encoding="utf-8") as file:
+        file.write(COUNTING_SERVER % REPOSITORY)
+    if name == "tls garbage":
+        arguments += tuple(issue(pathlib.Path(folder)).arguments)
+    return ServerProcess(*arguments, tickets=True, program=program)
+
+
+def run_flood(name, same, seconds, scale, *arguments):
+    """Flood a fresh server; returns the figures."""
+    ip = next_ip()
+    with tempfile.TemporaryDirectory() as folder:
+        with flood_server(name, folder, *arguments) as server:
+            with FloodWatch(server, ip) as watch:
+                attackers = ip if same else None
+                if name == "connections" and not same:
+                    attackers = next_ip()
+                call = flooding(name, server, attackers, seconds, scale)
+                with FloodProcess(call) as process:
+                    watch.watch(process)
+                    attempts = process.attempts()
+                time.sleep(0.3)
+                after = server.resident_kib()
+            assert server.terminate() == 0
+            counted = json.loads(re.search(r"counted (\{.*\})", server.log()).group(1))
+    return flood_figures(name, same, seconds, attempts, watch, after, counted)
+
+
+def flood_figures(name, same, seconds, attempts, watch, after, counted):
+    """One row of the table."""
+    words = {refusal.value for refusal in Refusal}
+    return {
+        "flood": name, "from": "the pair's address" if same else "elsewhere",
+        "attempts_per_second": round(attempts / seconds),
+        "connects": len(watch.times), "failed": len(watch.failures),
+        "connect_median_ms": round(1000 * statistics.median(watch.times)),
+        "connect_max_ms": round(1000 * max(watch.times)),
+        "renewal_median_ms": round(1000 * statistics.median(watch.renewals or [99])),
+        "renewals_lost": watch.lost, "rss_before_kib": watch.before,
+        "rss_peak_kib": max(watch.kib), "rss_after_kib": after,
+        "refusals": {word: number for word, number in sorted(counted.items())
+                     if word in words},
+        "failures": watch.failures[:3]}
+
+
+def wanted_words(name, same):
+    """The refusals that a flood has to be counted under."""
+    if name == FORGED:
+        return ["malformed", "too-many-new-ids"]
+    if name == NEW_IDS:
+        return ["too-frequent"] if same else ["too-many-new-ids"]
+    flood = next(flood for flood in TCP_FLOODS if flood.name == name)
+    return flood.words[0 if same else 1].split()
+
+
+def flood_troubles(figures):
+    """What a flood has done that it must not."""
+    name, same = figures["flood"], figures["from"] != "elsewhere"
+    missing = [word for word in wanted_words(name, same)
+               if not figures["refusals"].get(word)]
+    grown = figures["rss_after_kib"] - figures["rss_before_kib"]
+    return [*figures["failures"], *(f"no {word} was counted" for word in missing),
+            *([f"grown by {grown} KiB"] if grown > FLOOD_GROWTH_KIB else []),
+            *([f"{figures['connect_max_ms']} ms to connect"]
+              if figures["connect_max_ms"] > 1000 * CONNECT_SECONDS else [])]
+
+
+#: The floods of the default run are small ones: so are some limits then.  (Up to 96
+#: connections are accepted before those that have come are heard.)
+SMALL_LIMITS = ("--limit", "strangers-per-address=150,first-frame-seconds=1,"
+                           "relay-first-frame-seconds=1,early-links-per-address=20")
+
+
+@linux_only
+@pytest.mark.parametrize("name, same", [
+    pytest.param(name, same, id=f"{name}-{'same' if same else 'other'}-address")
+    for name, same in FLOODS if name != FORGED])
+def test_a_registered_pair_connects_while_strangers_flood(name, same):
+    seconds = 2.5 if name == "slow-loris" else 1.2
+    figures = run_flood(name, same, seconds, 0.06, *SMALL_LIMITS)
+    assert flood_troubles(figures) == [], figures
+    assert figures["connects"] >= 3
+
+
+def test_the_oldest_link_ahead_of_its_ticket_makes_room_for_the_newest():
+    """A flood of links without tickets kept those of a pair at its address out."""
+    limits = ("--limit", "early-links-per-address=2")
+    with ServerProcess(*limits, tickets=True) as server:
+        with contextlib.ExitStack() as stack:
+            ip, links = next_ip(), []
+            for _ in range(3):
+                link = stack.enter_context(open_link(server, "relay", "tcp", ip))
+                link.send(relay_request(server, new_session_uuid()))
+                links.append(link)
+                time.sleep(0.05)
+            assert links[0].ended(2.0)
+            assert all(link.is_silent() for link in links[1:])
+
+
+@needs_root
+def test_a_registered_pair_connects_while_forged_datagrams_rain():
+    """In a network of its own, where sources can be forged."""
+    if not shutil.which("unshare"):
+        pytest.skip("needs unshare")
+    command = [sys.executable, "-B", "-c", PROGRAM_LAUNCHER, HERE, "floods", "--json",
+               "--only", FORGED, "--seconds", "3", "--scale", "0.2"]
+    ended = subprocess.run(command, text=True, timeout=60, stdout=subprocess.PIPE)
+    figures = json.loads(ended.stdout)
+    assert flood_troubles(figures) == [] and ended.returncode == 0, figures
+    assert figures["attempts_per_second"] > 1000
+
+
+def in_own_network(arguments):
+    """As root: begin again in a network namespace that has nothing but loopback."""
+    if os.geteuid() or "RUSTDESK_OWN_NETWORK" in os.environ or not all(
+            map(shutil.which, ("unshare", "ip"))):
+        return
+    command = ("ip link set lo up; ip route add 10.0.0.0/8 dev lo; exec \"$@\"")
+    os.environ["RUSTDESK_OWN_NETWORK"] = "1"
+    os.execvp("unshare", ["unshare", "-n", "sh", "-c", command, "sh", sys.executable,
+                          "-B", "-c", PROGRAM_LAUNCHER, HERE, "floods", *arguments])
+
+
+def floods_program(arguments):
+    """`floods`: every flood in full, its figures as a table or as JSON."""
+    parser = argparse.ArgumentParser(prog="test_rustdesk_server.py floods")
+    parser.add_argument("--seconds", type=float, default=10.0)
+    parser.add_argument("--scale", type=float, default=1.0)
+    parser.add_argument("--only", default="")
+    parser.add_argument("--json", action="store_true")
+    given = parser.parse_args(arguments)
+    in_own_network(arguments)
+    failed = False
+    for name, same in FLOODS:
+        if given.only not in name or name == FORGED and os.geteuid():
+            continue
+        seconds = max(given.seconds, 35 * (name == "slow-loris" and given.scale == 1))
+        figures = run_flood(name, same, seconds, given.scale)
+        failed |= bool(flood_troubles(figures))
+        print(json.dumps(figures) if given.json else flood_row(figures), flush=True)
+    return int(failed)
+
+
+def flood_row(figures):
+    """The figures as a line of a Markdown table, with what is wrong."""
+    refusals = ", ".join(f"{number} {word}" for word, number in
+                         figures["refusals"].items())
+    mib = "/".join(str(figures[f"rss_{when}_kib"] >> 10)
+                   for when in ("before", "peak", "after"))
+    cells = [figures["flood"], figures["from"], f"{figures['attempts_per_second']:,}/s",
+             f"{figures['connects']} ({figures['failed']} failed)",
+             f"{figures['connect_median_ms']}/{figures['connect_max_ms']} ms",
+             f"{figures['renewal_median_ms']} ms, {figures['renewals_lost']} lost",
+             f"{mib} MiB", refusals, "; ".join(flood_troubles(figures)) or "well"]
+    return f"| {' | '.join(cells)} |"
+
+
 # == 19. Maintenance ===========================================================
 #
 # The subcommands as their user runs them, in a directory of the test's own; the
@@ -15219,9 +15716,6 @@ BAD_WEBSOCKET = {
         websocket_frame(BINARY, b"x", final=False) + websocket_frame(BINARY, b"y"),
 }
 
-TCP_PORTS = ["rendezvous", "nat-test", "relay"]
-WEBSOCKET_PORTS = ["rendezvous-websocket", "relay-websocket"]
-
 
 def renew_at_last(peer):
     """Renew as clients do: a datagram that a full buffer lost is sent again."""
@@ -15737,7 +16231,7 @@ def changed_entry(line, rng):
 
 def config_text(rng):
     """A configuration file in which settings have other values."""
-    names = [*rustdesk_server.SETTINGS, "Relay-Servers", "limit", "rust_log", "nonsense"]
+    names = [*rustdesk_server.SETTINGS, "Relay-Servers", "limit", "rust_log", "other"]
     values = (*NASTY_TEXTS, *map(str, NASTY_NUMBERS), "on", "Y", "10.0.0.0/8=h:5",
               "127.0.0.1:5,[::1]:6", "connections=5", "frame-bytes=1", "x=1", "a.b:c:d")
     lines = [rng.choice(names) + rng.choice(("=", " = ", ":", " "))
@@ -16017,7 +16511,8 @@ def obey(name, data, words):
 
 #: Inputs that once broke something: the part, the bytes, and what they broke.
 CORPUS = [
-    ("store", b'{"id":"peer_0","uuid":"dQ==","pk":"%s=","ip":"\\ud800"}\n' % (b"A" * 43),
+    ("store", b'{"id":"peer_0","uuid":"dQ==","pk":"%s=","ip":"\\ud800"}\n' % (
+        b"A" * 43),
      "an address with half a character could not be written again, so the file was "
      "never compacted and no last-seen time stored: UnicodeEncodeError"),
     ("store", b'{"id":"peer_0","uuid":"dQ==","pk":"%s=","seen":%d}\n' % (
@@ -16056,6 +16551,11 @@ def fuzz_pure(seed, seconds):
 # -- its victims: servers of their own, whose life is watched --
 
 
+#: A connection that ended within a proxy's header is noticed when it was silent for
+#: this long.
+SHORT_PATIENCE = "first-frame-seconds=3,relay-first-frame-seconds=3"
+
+
 class BookServer:
     """A server within this process, whose books can be read; its console and its
     door do all they can."""
@@ -16072,7 +16572,8 @@ class BookServer:
 
     def configuration(self):
         flags = {"bind": "127.0.0.1", "port": "0", "relay_tickets": "off",
-                 "relay_secret": self.secret_path, "console": "full"}
+                 "relay_secret": self.secret_path, "console": "full",
+                 "limit": SHORT_PATIENCE}
         return rustdesk_server.load_config("both", flags, {}, self.directory)
 
     def __enter__(self):
@@ -16185,7 +16686,7 @@ CONSOLE_WORDS = ("h", "rs", "ib", "ic", "pr", "aur", "tg", "ba", "br", "b", "Ba"
 
 
 def fuzz_console(server, rng):
-    words = [rng.choice((*CONSOLE_WORDS, *NASTY_TEXTS)) for _ in range(rng.randrange(5))]
+    words = rng.choices((*CONSOLE_WORDS, *NASTY_TEXTS), k=rng.randrange(5))
     data = (" ".join(words) + rng.choice(("\n", "\r\n", ""))).encode("utf-8", "replace")
     with TcpLink(server.address(rng.choice(("nat-test", "relay")))) as link:
         deliver(link, some(changed_bytes, data, rng), rng)
@@ -16353,7 +16854,8 @@ class Torment:
             file.write("s" * 32)
         certificate = issue(pathlib.Path(folder))
         self.server = self.stack.enter_context(ServerProcess(
-            "--relay-secret", secret, *certificate.arguments))
+            "--relay-secret", secret, "--limit", SHORT_PATIENCE,
+            *certificate.arguments))
         self.peer = self.stack.enter_context(Peer(self.server).registered())
         self.before = descriptors(self.server.process.pid)
         self.kib = None
@@ -16388,7 +16890,7 @@ class Torment:
         if more > 2:
             troubles.append(Finding(f"{more} more descriptors than before"))
         if kib > self.GROWTH_KIB:
-            troubles.append(Finding(f"{kib} KiB more memory than after the first round"))
+            troubles.append(Finding(f"{kib} KiB more than after the first round"))
         return troubles
 
 
@@ -16452,6 +16954,22 @@ def fuzz_program(arguments):
     return 1 if findings + found else 0
 
 
+def test_fuzzing_the_pure_parts_finds_nothing():
+    """Seconds of it, each time from another seed, which a finding names."""
+    done, findings = fuzz_pure(random.getrandbits(32), PURE_FUZZ_SECONDS)
+    assert findings == [] and min(done.values()) > 20
+
+
+@linux_only
+@pytest.mark.parametrize("kind", [Torment, Audit])
+def test_fuzzing_a_server_finds_no_fault_and_no_leak(kind):
+    """Neither in its log, nor in its descriptors, its memory or its books."""
+    with kind(random.getrandbits(32)) as fuzzed:
+        done, findings = fuzzed.run(LIVE_FUZZ_SECONDS / 2)
+        assert findings + fuzzed.leaks() == []
+        assert len(done) == len({*STRANGERS}) + (kind is Audit)
+
+
 def report_findings(findings):
     """Print a few of what was found."""
     for finding in findings[:5]:
@@ -16459,4 +16977,4 @@ def report_findings(findings):
 
 
 #: Programs of this file beside the tests.
-PROGRAMS = {"fuzz": fuzz_program}
+PROGRAMS = {"fuzz": fuzz_program, "floods": floods_program}
