@@ -147,6 +147,9 @@ KEEP_ALIVE_SECONDS = 60
 #: in old versions) on opening its NAT: while one is called we wait longer.
 KEY_EXCHANGE_DELAY_SECONDS = 0.2
 KEY_EXCHANGE_CALLED_SECONDS = 1.0
+#: An empty frame answers a heartbeat, which only registered links are asked
+#: for; from others so many of them are like one strange message.
+EMPTY_FRAME_STRANGENESS = 1 / 64
 #: How long a target takes to answer a call at most.
 CALL_SECONDS = 3.0
 #: One key pair serves all key exchanges of a minute: signing it costs the
@@ -195,6 +198,9 @@ MAX_SENT_DATAGRAM_BYTES = 1200
 MAX_CANDIDATE_BYTES, MAX_CANDIDATES = 1024, 64
 #: A browser's request head is below 1 KiB; cookies and proxies add to it.
 MAX_HTTP_HEAD_BYTES = 8192
+#: WebSocket frames, of fragments and texts and pings, before a message must
+#: come: browsers make fragments of 128 KiB, and ping now and then.
+MAX_IDLE_FRAMES = 256
 #: The official console reads one command of up to this size.
 MAX_COMMAND_BYTES = 1024
 #: Bytes a waiting relay link may have sent before its partner comes.
@@ -2297,7 +2303,7 @@ class WebSocketFraming:
     """
 
     __slots__ = ("max_size", "buffer", "at", "wanted", "message", "opcode", "outgoing",
-                 "closed", "skimmed", "open")
+                 "closed", "skimmed", "open", "idle")
 
     def __init__(self, max_size, books=False):
         self.max_size = max(max_size, MAX_ONLINE_REQUEST_BYTES if books else 0)
@@ -2305,6 +2311,7 @@ class WebSocketFraming:
         self.message, self.opcode = bytearray(), None
         self.outgoing, self.closed = b"", False
         self.skimmed, self.open = 0, False  # where `skim` is, and within a message
+        self.idle = 0  # frames since the last message
 
     def receive(self, data):
         """Add bytes from the stream."""
@@ -2341,8 +2348,12 @@ class WebSocketFraming:
             payload = bytes(unmask(self.buffer[header.end:end], header.mask))
             self.at, self.wanted = end, end + 1
             message = self.add(header, payload)
+            self.idle += 1
             if message is not None:
+                self.idle = 0
                 return message
+            if self.idle > MAX_IDLE_FRAMES:
+                raise Refused(Refusal.BAD_WEBSOCKET, "so many frames and no message")
         return None
 
     def add(self, header, payload):
@@ -8734,12 +8745,16 @@ class Server:
             raise Refused(Refusal.NO_RELAY_REQUEST, "the first frame was another")
         if not payload and link.errand is not None:
             self.rendezvous.on_empty_frame(link, self.loop.now)
-        if payload:
-            if message is None:
-                self.refuse(Refusal.STRANGE, f"a message from {link.address}")
-            else:
-                text = f"{type(message).__name__} from {link.address}"
-                self.refuse(Refusal.NOT_ACCEPTED_HERE, text)
+        elif not payload:
+            link.strange += EMPTY_FRAME_STRANGENESS
+            if link.strange >= self.limits.strange_messages:
+                self.refuse(Refusal.STRANGE, f"only empty frames from {link.address}")
+        elif message is None:
+            self.refuse(Refusal.STRANGE, f"a message from {link.address}")
+            link.strange += 1
+        else:
+            text = f"{type(message).__name__} from {link.address}"
+            self.refuse(Refusal.NOT_ACCEPTED_HERE, text)
             link.strange += 1
         if (link.strange >= self.limits.strange_messages
                 or link.listener in (Listener.NAT_TEST, Listener.API)):
