@@ -4039,7 +4039,7 @@ class ExpiringTable:
     def evict(self):
         """Make room for one more: at the cap the oldest entry goes; returns
         its (key, value), or None."""
-        if len(self.entries) < self.capacity:
+        if not self.entries or len(self.entries) < self.capacity:
             return None
         key, (_, value) = self.entries.popitem(last=False)
         return key, value

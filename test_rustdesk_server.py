@@ -4114,6 +4114,156 @@ def test_random_table_behaves_as_a_simple_model():
         assert {key: at for key, (at, _) in table.entries.items()} == model
 
 
+def test_table_makes_room_before_an_entry_comes():
+    table = rustdesk_server.ExpiringTable(10.0, capacity=2)
+    table.put("a", 1, 0.0)
+    assert table.evict() is None
+    table.put("b", 2, 1.0)
+    assert (table.evict(), table.get("a"), table.get("b")) == (("a", 1), None, 2)
+
+
+def test_table_for_nothing_has_nothing_to_make_room_from():
+    table = rustdesk_server.ExpiringTable(10.0, capacity=0)
+    assert table.evict() is None
+    assert (table.put("a", 1, 0.0), len(table)) == (1, 0)
+
+
+def limits_of(*entries, **settings):
+    """The limits of a configuration with these `--limit` entries."""
+    config = rustdesk_server.Config()
+    config.limit = entries
+    for name, value in settings.items():
+        setattr(config, name, value)
+    return rustdesk_server.Limits(config)
+
+
+def test_limits_are_those_of_the_table_but_for_what_the_operator_sets():
+    limits = limits_of(("new-ids", 7), ("log_lines", 0), ("new-ids", 8))
+    assert (limits.new_ids, limits.log_lines) == (8, 0)
+    assert limits.sessions == rustdesk_server.LIMITS["sessions"].default
+
+
+@pytest.mark.parametrize("name", ["no-such-limit", "frame-bytes", "frame_bytes"])
+def test_limit_that_is_none_or_fixed_is_refused(name):
+    with pytest.raises(rustdesk_server.ConfigTrouble, match=f"limit = {name}=5"):
+        limits_of((name, 5))
+
+
+def test_tables_follow_when_their_limit_changes():
+    limits = limits_of()
+    table = limits.table("ticket_seconds", "early_links")
+    config = rustdesk_server.Config()
+    config.limit = ("ticket-seconds", 5), ("early-links", 3)
+    limits.take(config)
+    assert (table.seconds, table.capacity) == (5, 3)
+
+
+def test_exempt_networks_have_no_limits_per_address():
+    networks = rustdesk_server.parse_networks("192.168.0.0/16,2001:db8::/32")
+    place = limits_of(exempt=networks).place
+    assert (place("192.168.3.4"), place("2001:db8::9")) == (None, None)
+    assert place("192.169.3.4") == "192.169.3.4"
+    assert place("2001:db9::1") == place("2001:db9::2") != place("2001:db9:0:1::1")
+
+
+def rules_of(refuse="", allow=""):
+    """The rules of two lists."""
+    config = rustdesk_server.Config()
+    config.refuse = rustdesk_server.parse_subjects(refuse)
+    config.allow = rustdesk_server.parse_subjects(allow)
+    return rustdesk_server.Rules(config)
+
+
+@pytest.mark.parametrize("refuse, allow, ip, refused", [
+    ("", "", "192.0.2.1", False),
+    ("192.0.2.0/24", "", "192.0.2.1", True),
+    ("192.0.2.0/24", "", "192.0.3.1", False),
+    ("192.0.2.0/24", "192.0.2.1", "192.0.2.1", False),
+    ("192.0.2.1", "192.0.2.0/24", "192.0.2.1", True),
+    ("192.0.2.0/24", "192.0.2.0/24", "192.0.2.1", False),
+    ("0.0.0.0/0,::/0", "192.168.0.0/16", "192.168.9.9", False),
+    ("0.0.0.0/0,::/0", "192.168.0.0/16", "192.0.2.1", True),
+    ("0.0.0.0/0,::/0", "192.168.0.0/16", "2001:db8::1", True),
+    ("0.0.0.0/0", "", "2001:db8::1", False),
+    ("fe80::/10", "", "fe80::1%eth0", True),
+    ("*,123456789", "", "192.0.2.1", False),
+])
+def test_narrowest_network_decides_whether_an_address_is_refused(
+        refuse, allow, ip, refused):
+    assert rules_of(refuse, allow).refuses_address(ip) is refused
+
+
+@pytest.mark.parametrize("refuse, allow, refused", [
+    ("", "", False), ("some-id", "", True), ("*", "", True), ("*", "some-id", False),
+    ("some-id", "*", True), ("some-id", "some-id", False), ("other-id", "", False)])
+def test_id_by_name_counts_more_than_every_id(refuse, allow, refused):
+    rules = rules_of(refuse, allow)
+    assert rules.refuses_id("some-id") is refused
+    assert rules.allows_id("some-id") is (allow == "some-id")
+
+
+@pytest.mark.parametrize("text", ["10.0.0.0/33", "with blank", "a\nb", "x/y"])
+def test_neither_an_id_nor_a_network_is_in_no_list(text):
+    with pytest.raises(ValueError, match="neither an id nor a network"):
+        rustdesk_server.parse_subjects(text)
+
+
+def test_places_are_counted_and_forgotten_at_nothing():
+    tally = rustdesk_server.Tally()
+    for place in ("a", "a", "b", None):
+        tally.add(place)
+    assert tally == {"a": 2, "b": 1}
+    for place in ("a", "b", "never", None):
+        tally.remove(place)
+    assert tally == {"a": 1}
+
+
+def crowd_of(*places, **numbers):
+    """A crowd of strangers, named by their turn, of these places."""
+    crowd = rustdesk_server.Crowd(limits_of(*numbers.items()))
+    for turn, place in enumerate(places):
+        crowd.enter(turn, place)
+    return crowd
+
+
+@pytest.mark.parametrize("numbers, refusal, oldest", [
+    ({"connections": 3}, Refusal.TOO_MANY_CONNECTIONS, 0),
+    ({"strangers": 3}, Refusal.TOO_MANY_STRANGERS, 0),
+    ({"connections_per_address": 2}, Refusal.TOO_MANY_CONNECTIONS, 1),
+    ({"strangers_per_address": 2}, Refusal.TOO_MANY_STRANGERS, 1),
+    ({"connections": 4, "strangers_per_address": 3}, None, None),
+])
+def test_oldest_stranger_makes_room_for_a_newcomer(numbers, refusal, oldest):
+    assert crowd_of("a", "b", "b", **numbers).excess("b") == (refusal, oldest)
+
+
+def test_who_has_said_something_valid_makes_room_for_nobody():
+    crowd = crowd_of("a", "b", "b", connections=3, connections_per_address=2)
+    for link in (0, 1):
+        crowd.know(link)
+    assert crowd.excess("c") == (Refusal.TOO_MANY_CONNECTIONS, 2)
+    crowd.know(2)
+    assert crowd.excess("c") == (Refusal.TOO_MANY_CONNECTIONS, None)
+    crowd.leave(1, "b")
+    assert crowd.excess("b") == (None, None)
+    assert (crowd.links, crowd.strangers_at) == ({0, 2}, {})
+
+
+def test_exempt_places_are_many_without_a_limit_of_their_own():
+    crowd = crowd_of(None, None, None, strangers_per_address=1)
+    assert crowd.excess(None) == (None, None)
+
+
+def test_key_has_so_much_in_a_period_that_begins_with_its_first():
+    rates = rustdesk_server.Rates(rustdesk_server.ExpiringTable(60.0, 10))
+    assert [rates.admits("a", 3, float(i)) for i in range(4)] == [True] * 3 + [False]
+    assert rates.admits("b", 3, 4.0) and not rates.admits("a", 3, 59.9)
+    assert rates.admits("a", 3, 60.0)
+    assert rates.admits("c", 10, 60.0, amount=8)
+    assert not rates.admits("c", 10, 60.0, amount=3)
+    assert rates.admits("c", 10, 60.0, amount=2)
+
+
 def test_cap_keeps_a_tenth_of_a_second_and_starts_with_it():
     cap = rustdesk_server.Cap(8, 0.0)
     assert cap.rate == 1_048_576
