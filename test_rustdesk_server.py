@@ -4862,6 +4862,96 @@ def take_step(store, compaction):
     return None
 
 
+# == 11. Attempts ==============================================================
+#
+# Tickets on their way from an ID server to a relay: a line counts once, in its
+# turn, on the connection that it was made for.
+
+TICKET_SECRET, CHALLENGE = b"a secret of a sort", bytes(range(32))
+#: What a ticket says on the way: a session, whom it is for, whether it asks for a key.
+FREE_TICKET = rustdesk_server.Broker("one session", "peer-one", False)
+KEYED_TICKET = rustdesk_server.Broker("another", "peer two", True)
+
+
+def ticket_ends(secret=TICKET_SECRET, challenge=CHALLENGE):
+    """Both ends of a connection for tickets; the relay's has this secret and
+    challenge."""
+    return (rustdesk_server.TicketSender(TICKET_SECRET, CHALLENGE),
+            rustdesk_server.TicketReceiver(secret, challenge))
+
+
+def ticket_lines(sender, *tickets, keys=("the key", "a former key")):
+    """The greeting and the lines of these tickets."""
+    return [sender.line(""), *(sender.announcement(ticket, keys) for ticket in tickets)]
+
+
+def test_tickets_arrive_however_their_lines_are_cut():
+    sender, _ = ticket_ends()
+    data = b"".join(ticket_lines(sender, FREE_TICKET, KEYED_TICKET))
+    for size in 1, 7, len(data):
+        _, receiver = ticket_ends()
+        pieces = [data[at:at + size] for at in range(0, len(data), size)]
+        came = [pair for piece in pieces for pair in receiver.receive(piece)]
+        assert [(uuid, ticket and ticket.peer_id) for uuid, ticket in came] == [
+            (None, None), ("one session", "peer-one"), ("another", "peer two")]
+        assert came[1][1].fault_of is None
+        assert [came[2][1].fault_of(key) for key in (
+            "the key", "a former key", "some key", "")] == [
+            None, None, Refusal.WRONG_KEY, Refusal.NO_KEY]
+
+
+@pytest.mark.parametrize("order", [[1], [0, 0], [0, 2], [0, 1, 1], [0, 1, 0]])
+def test_line_left_out_repeated_or_moved_ends_the_connection(order):
+    sender, receiver = ticket_ends()
+    lines = ticket_lines(sender, FREE_TICKET, KEYED_TICKET)
+    for number in order[:-1]:
+        receiver.receive(lines[number])
+    assert refusal_of(receiver.receive, lines[order[-1]]) is Refusal.BAD_TICKETS
+
+
+@pytest.mark.parametrize("secret, challenge", [
+    (b"another secret!!", CHALLENGE), (TICKET_SECRET, bytes(32))])
+def test_lines_count_for_one_secret_and_one_connection_only(secret, challenge):
+    sender, receiver = ticket_ends(secret, challenge)
+    assert refusal_of(receiver.receive, sender.line("")) is Refusal.BAD_TICKETS
+
+
+@pytest.mark.parametrize("spoiled", [
+    lambda line: b"\xff" + line, lambda line: line.replace(b"peer", b"seer"),
+    lambda line: line[:-2] + b"g\n", lambda line: b"\n",
+    lambda line: line.replace(b" ", b"  "), lambda line: b"x" * 10_000])
+def test_spoiled_line_ends_the_connection(spoiled):
+    sender, receiver = ticket_ends()
+    greeting, line = ticket_lines(sender, FREE_TICKET)
+    receiver.receive(greeting)
+    assert refusal_of(receiver.receive, spoiled(line)) is Refusal.BAD_TICKETS
+
+
+def test_keys_cannot_be_read_on_the_way_to_the_relay():
+    sender, _ = ticket_ends()
+    assert b"key" not in b"".join(ticket_lines(sender, FREE_TICKET, KEYED_TICKET))
+
+
+@pytest.mark.parametrize("word", ["a b", 'q"\\', "\u202eevil", "line\nbreak", "\0" * 40])
+def test_any_session_uuid_stays_one_line_of_tickets(word):
+    sender, receiver = ticket_ends()
+    lines = ticket_lines(sender, rustdesk_server.Broker(word, word, True))
+    assert lines[1].count(b"\n") == 1 and lines[1].isascii()
+    (_, (uuid, ticket)) = receiver.receive(b"".join(lines))
+    assert (uuid, ticket.peer_id) == (word, word)
+
+
+@pytest.mark.parametrize("letter", ["u", "\0", "\U0010ffff"])
+def test_longest_session_uuid_fits_a_line_of_tickets(letter):
+    size = rustdesk_server.MAX_SESSION_UUID_BYTES // len(letter.encode())
+    sender, receiver = ticket_ends()
+    keys = [str(number) for number in range(20)]
+    lines = ticket_lines(sender, rustdesk_server.Broker(
+        letter * size, letter * (100 // len(letter.encode())), True), keys=keys)
+    assert receiver.receive(lines[0] + lines[1][:-1]) == [(None, None)]
+    assert receiver.receive(b"\n")[0][0] == letter * size
+
+
 # == 13. Rendezvous ============================================================
 #
 # The role is given messages and times, and what it yields is compared by ==.  A
@@ -6368,6 +6458,203 @@ def test_end_of_a_session_is_reported_once():
         f"session 1 of {A_PLACE} and {B_PLACE} after 12.0 s, 3.00 MB"))
     assert list(world.role.on_session_ended(session, "broken", NOW + 13)) == []
     assert world.role.sessions == {}
+
+
+# -- tickets --------------------------------------------------------------------
+
+KEY_FAULTS = rustdesk_server.ServerKey(None, PUBLIC_TEXT).fault_of
+
+
+class TicketWorld(RelayWorld):
+    """A relay that asks for tickets."""
+
+    def __init__(self, *arguments, **settings):
+        super().__init__(*arguments, relay_tickets="on", **settings)
+
+    def announce(self, uuid="session", peer_id=B_ID, fault_of=None, now=NOW):
+        """The ID server has arranged a session."""
+        ticket = rustdesk_server.Ticket(peer_id, fault_of)
+        return self.outcome(self.role.on_ticket(uuid, ticket, now))
+
+    def arrivals(self, *links, **request):
+        """What happens as these links come."""
+        return [action for link in links for action in self.come(link, **request)]
+
+
+def is_pair(actions):
+    """Whether it is one pair that these actions make, and nothing else."""
+    return [type(action) for action in actions] == [rustdesk_server.Pair]
+
+
+def test_link_without_a_ticket_is_never_paired_whatever_key_it_has():
+    world, links = TicketWorld(PUBLIC_TEXT), [end(), end(B_PLACE)]
+    assert world.arrivals(*links, licence_key=PUBLIC_TEXT) == []
+    assert world.tick(NOW + 4.9) == []
+    assert world.tick(NOW + 5) == [Refusal.NO_TICKET, Close(links[0]),
+                                   Refusal.NO_TICKET, Close(links[1])]
+    assert (world.role.sessions, world.role.early_at, len(world.role.early)) == (
+        {}, {}, 0)
+
+
+@pytest.mark.parametrize("turn", [0, 1, 2])
+def test_ticket_may_come_before_between_and_after_its_links(turn):
+    world, links, actions = TicketWorld(), [end(), end(B_PLACE)], []
+    for number in range(3):
+        if number == turn:
+            actions += world.announce(now=NOW + number)
+        if number < 2:
+            actions += world.come(links[number], now=NOW + number)
+    assert is_pair(actions)
+    assert {actions[0].session.first, actions[0].session.second} == set(links)
+    assert actions[0].session.peer_id == B_ID
+    assert world.tick(NOW + 40) == [] and not world.role.early_at
+
+
+def test_ticket_is_good_for_one_session():
+    world, third = TicketWorld(), end()
+    world.announce()
+    assert is_pair(world.arrivals(end(), end(B_PLACE)))
+    assert world.come(third) == [Refusal.TICKET_USED, Close(third)]
+    assert world.announce() == []  # said again, it is no new one
+    assert world.come(third) == [Refusal.TICKET_USED, Close(third)]
+
+
+def test_third_early_link_of_a_session_is_refused_when_its_ticket_comes():
+    world, third = TicketWorld(), end()
+    world.arrivals(end(), end(B_PLACE), third)
+    pair, *rest = world.announce()
+    assert is_pair([pair]) and rest == [Refusal.TICKET_USED, Close(third)]
+
+
+def test_ticket_ends_after_a_minute():
+    world = TicketWorld()
+    world.announce()
+    world.tick(NOW + 59.9)
+    assert world.come(end(), now=NOW + 59.9) == [] == list(world.role.early.entries)
+    world.tick(NOW + 60)
+    world.come(end(B_PLACE), now=NOW + 60)
+    assert len(world.role.early) == 1 and not world.role.sessions
+
+
+def test_ticket_is_for_the_session_that_it_names():
+    world, link = TicketWorld(), end()
+    world.announce("Session")
+    world.announce("session ")
+    assert world.arrivals(link, end(B_PLACE)) == []
+    assert len(world.role.early) == 2
+
+
+@pytest.mark.parametrize("key", OTHER_KEYS)
+def test_ticket_that_asks_for_the_key_holds_with_it_only(key):
+    world, a = TicketWorld(), end()
+    world.announce(fault_of=KEY_FAULTS)
+    assert world.come(end(B_PLACE), licence_key="what B has") == []
+    assert world.come(a, id=B_ID, licence_key=key) == [OTHER_KEYS[key], Close(a)]
+    assert is_pair(world.come(a, id=B_ID, licence_key=PUBLIC_TEXT))
+
+
+@pytest.mark.parametrize("keys", itertools.permutations(["", PUBLIC_TEXT]))
+def test_initiator_that_names_no_peer_cannot_pass_for_the_target(keys):
+    world, links = TicketWorld(), [end(), end(B_PLACE)]
+    world.announce(fault_of=KEY_FAULTS)
+    assert world.come(links[0], licence_key=keys[0]) == []
+    assert world.come(links[1], licence_key=keys[1]) == [
+        Refusal.NO_KEY, Close(links[0]), Refusal.NO_KEY, Close(links[1])]
+    # Nothing is used up: who has the key is served.
+    assert is_pair(world.arrivals(*links, licence_key=PUBLIC_TEXT))
+
+
+def test_early_links_have_a_quota_of_their_own():
+    world = TicketWorld(limit=(("early-links-per-address", 2), ("early-links", 3)))
+    links = [placed_end(A_PLACE) for _ in range(3)]
+    outcomes = [world.come(link, str(i)) for i, link in enumerate(links)]
+    assert outcomes == [[], [], [Refusal.NO_TICKET, Close(links[2])]]
+    assert world.come(placed_end(B_PLACE), "b") == []
+    assert world.come(placed_end(B_PLACE), "c") == [Refusal.NO_TICKET, Close(links[0])]
+    assert world.role.early_at == {A_PLACE.ip: 1, B_PLACE.ip: 2}
+    world.announce("b")
+    assert world.role.early_at == {A_PLACE.ip: 1, B_PLACE.ip: 1}
+    assert world.role.waiting_at == {B_PLACE.ip: 1}
+
+
+def placed_end(address):
+    """A relay link that counts for its address."""
+    return RoleLink(Listener.RELAY, address, place=address.ip)
+
+
+def test_early_link_that_leaves_is_forgotten():
+    world, link = TicketWorld(), placed_end(A_PLACE)
+    world.come(link)
+    assert world.outcome(world.role.on_link_closed(link, NOW)) == [Refusal.NO_TICKET]
+    assert (world.announce(), world.role.early_at, len(world.role.early)) == ([], {}, 0)
+
+
+# -- quotas and keys ------------------------------------------------------------
+
+
+def test_address_has_so_many_links_that_wait_for_their_partner():
+    world = RelayWorld(limit=(("relay-links-per-address", 2),))
+    links = [placed_end(A_PLACE) for _ in range(3)]
+    outcomes = [world.come(link, str(i)) for i, link in enumerate(links)]
+    assert outcomes == [[], [], [Refusal.TOO_MANY_RELAY_LINKS, Close(links[2])]]
+    assert world.come(placed_end(B_PLACE), "0")[-1].session.number == 1
+    assert world.role.waiting_at == {A_PLACE.ip: 1}
+    assert world.come(links[2], "2") == []
+
+
+@pytest.mark.parametrize("name, most", [
+    ("sessions", 2), ("sessions-per-address", 2)])
+def test_sessions_are_so_many_in_all_and_for_either_end(name, most):
+    world = RelayWorld(limit=((name, most),))
+    for _ in range(most):
+        session = world.paired(placed_end(A_PLACE), placed_end(B_PLACE))
+    links = placed_end(Address("192.0.2.9", 1)), placed_end(B_PLACE)
+    world.come(links[0])
+    assert world.come(links[1]) == [
+        Refusal.TOO_MANY_SESSIONS, Close(links[0]),
+        Refusal.TOO_MANY_SESSIONS, Close(links[1])]
+    list(world.role.on_session_ended(session, "finished", NOW))
+    assert world.paired(placed_end(Address("192.0.2.9", 1)), placed_end(B_PLACE))
+
+
+def test_exempt_ends_have_no_quota_per_address():
+    world = RelayWorld(limit=(("sessions-per-address", 1),
+                              ("relay-links-per-address", 1)))
+    assert [world.come(end(), str(i)) for i in range(3)] == [[]] * 3
+    for i in range(3):
+        (pair,) = world.come(end(), str(i))
+    assert pair.session.number == 3
+
+
+@pytest.mark.parametrize("key", OTHER_KEYS)
+@pytest.mark.parametrize("policy, tickets, told", [
+    (None, "off", "refused"), (None, "on", "tolerated"), ("require", "on", "refused"),
+    ("warn", "off", "tolerated"), ("open", "on", ""), ("open", "off", "")])
+def test_key_policy_of_the_relay_tells_the_wrong_keys_apart(key, policy, tickets, told):
+    world, link = RelayWorld(PUBLIC_TEXT, key_policy=policy, relay_tickets=tickets), end()
+    world.announce = functools.partial(TicketWorld.announce, world)
+    world.announce()
+    text = f"relay link from {A_PLACE} to '{B_ID}'"
+    assert world.come(link, id=B_ID, licence_key=key) == {
+        "refused": [OTHER_KEYS[key], Close(link)],
+        "tolerated": [rustdesk_server.Tolerate(OTHER_KEYS[key], text)], "": []}[told]
+
+
+def test_refused_id_is_not_reached_over_the_relay():
+    world, link = TicketWorld(refuse=(B_ID,)), end()
+    world.announce()
+    assert world.come(link, id=B_ID) == [Refusal.REFUSED_ID, Close(link)]
+
+
+@pytest.mark.parametrize("peer_id, shown", [
+    ("a\n\x1b[31mb", r"'a\n\x1b[31mb'"), ("\u202egnp", r"'\u202egnp'"),
+    ("it's \"it\"", repr("it's \"it\"")), ("x" * 5000, repr("x" * 100))])
+def test_bytes_of_a_stranger_are_escaped_and_cut_in_the_relays_words(peer_id, shown):
+    world = RelayWorld(PUBLIC_TEXT)
+    request = RequestRelay(uuid="session", id=peer_id)
+    origin = Origin(Listener.RELAY, A_PLACE, end(), None, None)
+    refuse, _ = world.role.on_request_relay(request, origin, NOW)
+    assert refuse.text == f"relay link from {A_PLACE} to {shown}"
 
 
 # == 15. Status ================================================================
