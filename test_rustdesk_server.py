@@ -4932,7 +4932,8 @@ def test_keys_cannot_be_read_on_the_way_to_the_relay():
     assert b"key" not in b"".join(ticket_lines(sender, FREE_TICKET, KEYED_TICKET))
 
 
-@pytest.mark.parametrize("word", ["a b", 'q"\\', "\u202eevil", "line\nbreak", "\0" * 40])
+@pytest.mark.parametrize(
+    "word", ["a b", 'q"\\', "\u202eevil", "line\nbreak", "\0" * 40])
 def test_any_session_uuid_stays_one_line_of_tickets(word):
     sender, receiver = ticket_ends()
     lines = ticket_lines(sender, rustdesk_server.Broker(word, word, True))
@@ -6631,8 +6632,8 @@ def test_exempt_ends_have_no_quota_per_address():
     (None, "off", "refused"), (None, "on", "tolerated"), ("require", "on", "refused"),
     ("warn", "off", "tolerated"), ("open", "on", ""), ("open", "off", "")])
 def test_key_policy_of_the_relay_tells_the_wrong_keys_apart(key, policy, tickets, told):
-    world, link = RelayWorld(PUBLIC_TEXT, key_policy=policy, relay_tickets=tickets), end()
-    world.announce = functools.partial(TicketWorld.announce, world)
+    world, link = TicketWorld(PUBLIC_TEXT, key_policy=policy), end()
+    world.role.asks_tickets = tickets == "on"
     world.announce()
     text = f"relay link from {A_PLACE} to '{B_ID}'"
     assert world.come(link, id=B_ID, licence_key=key) == {
