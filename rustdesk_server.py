@@ -5180,7 +5180,7 @@ class Rendezvous:
         known = self.store.peers.get(request.id)
         peer = Peer(request.id, request.uuid, request.pk, origin.address.ip)
         if known is not None:
-            same = known.device_uuid == request.uuid
+            same = (known.device_uuid, known.public_key) == (request.uuid, request.pk)
             peer = peer.changed(created=known.created, seen=known.seen,
                                 state=known.state if same else "")
         if peer.is_same(known):
