@@ -5336,8 +5336,10 @@ class Rendezvous:
         be."""
         if not NEW_ID.fullmatch(request.id):
             return Result.INVALID_ID_FORMAT, Refusal.BAD_ID
-        if self.limits.rules.refuses_id(request.id):
-            return Result.NOT_SUPPORT, Refusal.REFUSED_ID
+        taken = self.unwritten.get(request.id) or self.store.peers.get(request.id)
+        barred = self.bar(request.id, taken)
+        if barred is not None:
+            return Result.NOT_SUPPORT, barred
         if not self.registering.admits_address(origin.address.ip, request.id, now):
             return Result.TOO_FREQUENT, Refusal.TOO_FREQUENT
         old = self.store.peers.get(request.old_id)
@@ -5351,7 +5353,6 @@ class Rendezvous:
         if self.config.enroll == "closed" and not self.limits.rules.allows_id(
                 request.id):
             return Result.NOT_SUPPORT, Refusal.NOT_ENROLLED
-        taken = self.unwritten.get(request.id) or self.store.peers.get(request.id)
         if taken is not None and taken.device_uuid != request.uuid:
             return Result.ID_EXISTS, Refusal.ID_TAKEN
         return Result.OK, None
