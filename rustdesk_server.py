@@ -4845,6 +4845,11 @@ def reply(origin, message):
     return SendDatagram(origin.sockaddr, message)
 
 
+def show(peer_id):
+    """An id that anybody may have made up, as the log may have it."""
+    return f"{peer_id[:MAX_ID_BYTES]!a}"
+
+
 class Call(enum.Enum):
     """What an initiator waits for, and so which answers count."""
 
@@ -5068,12 +5073,12 @@ class Rendezvous:
             yield from self.on_change_of_id(request, origin, now)
             return
         if not request.uuid or not request.pk:
-            text = f"{request.id!a} from {origin.address}"
+            text = f"{show(request.id)} from {origin.address}"
             yield Refuse(Refusal.NO_DEVICE_UUID, text)
             return
         result, refusal = self.judge_claim(request, origin, now)
         if refusal is not None:
-            yield Refuse(refusal, f"{request.id!a} from {origin.address}")
+            yield Refuse(refusal, f"{show(request.id)} from {origin.address}")
             yield reply(origin, RegisterPkResponse(result=result))
             return
         yield from self.accept_claim(request, origin, now)
@@ -5311,7 +5316,7 @@ class Rendezvous:
         it."""
         result, refusal = self.judge_change(request, origin, now)
         if refusal is not None:
-            text = f"{request.old_id!a} to {request.id!a} from {origin.address}"
+            text = f"{show(request.old_id)} to {show(request.id)} from {origin.address}"
             yield Refuse(refusal, text)
             yield reply(origin, RegisterPkResponse(result=result))
             return
@@ -5409,7 +5414,7 @@ class Rendezvous:
 
     def on_punch_hole_request(self, request, origin, now):
         """A wants B: tell B where A is, and keep A's link for B's answer."""
-        text = f"{origin.address} asked for {request.id!a}"
+        text = f"{origin.address} asked for {show(request.id)}"
         fault, policy = self.key.fault_of(request.licence_key), self.config.key_policy
         if fault is not None and policy in (None, "require"):
             yield Refuse(fault, text)
@@ -5446,9 +5451,10 @@ class Rendezvous:
 
     def admits_request(self, peer_id, place, now):
         """Whether a place may ask for a connection once more; counts it."""
-        if place is None or len(peer_id) > MAX_ID_BYTES:
+        if place is None:
             return True
         limits, admits = self.limits, self.requests.admits
+        peer_id = peer_id[:MAX_ID_BYTES]
         return (admits(place, limits.requests_per_address, now)
                 and admits((place, peer_id), limits.requests_per_pair, now)
                 and admits((None, peer_id), limits.requests_per_target, now))
@@ -5704,7 +5710,7 @@ class Rendezvous:
         Only what B needs is passed on: A's token, key and permissions stay
         here.
         """
-        text = f"{origin.address} wants to relay to {request.id!a}"
+        text = f"{origin.address} wants to relay to {show(request.id)}"
         if not self.admits_request(request.id, origin.link.place, now):
             yield Refuse(Refusal.TOO_MANY_REQUESTS, text)
             yield Send(origin.link, RelayResponse(refuse_reason=TOO_FREQUENT_TEXT))
