@@ -6171,6 +6171,477 @@ def test_udp_answer_to_a_call_without_a_udp_port_is_refused():
     assert world.say(answer, by_udp()) == [Refusal.NOT_AWAITED]
 
 
+# -- who is let in: keys and tickets --------------------------------------------
+
+Tolerate, Broker = rustdesk_server.Tolerate, rustdesk_server.Broker
+
+
+def device_state(world, peer_id=B_ID):
+    """A known device's state."""
+    return world.store.peers[peer_id].state
+
+
+@pytest.mark.parametrize("key", OTHER_KEYS)
+def test_key_policy_of_the_rendezvous_tells_the_wrong_keys_apart(key):
+    refused = PunchHoleResponse(failure=Failure.LICENSE_MISMATCH)
+    text = f"{A_PLACE} asked for '{B_ID}'"
+    for policy in None, "require":
+        world, a = registered(key_policy=policy), by_link()
+        assert world.punch(a, licence_key=key) == [
+            OTHER_KEYS[key], Send(a.link, refused)]
+        assert world.role.accepted.entries == {}
+    tolerated, call = registered(key_policy="warn").punch(by_link(), licence_key=key)
+    assert tolerated == Tolerate(OTHER_KEYS[key], text)
+    assert [type(action) for action in registered(key_policy="open").punch(
+        by_link(), licence_key=key)] == [type(call)] == [SendDatagram]
+
+
+def with_former_key(key="the former key"):
+    """A world in which B is online and clients with a former key are let in."""
+    world = registered()
+    world.role.key.accepted = (key,)
+    return world
+
+
+@pytest.mark.parametrize("key, vouched", [("the former key", False),
+                                          (PUBLIC_TEXT, True)])
+def test_who_has_a_former_key_is_let_in_and_nobody_is_vouched_for(key, vouched):
+    world = with_former_key()
+    answer = PunchHoleSent(id=B_ID, socket_addr=called(), version="1.4.9")
+    assert len(world.punch(by_link(), licence_key=key)) == 1
+    (sent,) = world.after(world.say(answer, from_b()))
+    assert bool(sent.message.pk) is vouched
+    (call,) = world.punch(by_link(), licence_key=key)
+    sent, _ = world.say(RelayResponse(
+        id=B_ID, socket_addr=call.message.socket_addr, version="1.4.9", uuid="u"),
+        from_b())
+    assert bool(sent.message.pk) is vouched
+
+
+def test_other_keys_are_wrong_while_a_former_one_is_taken():
+    world, a = with_former_key(), by_link()
+    for key in OTHER_KEYS:
+        assert world.punch(a, licence_key=key)[0] is OTHER_KEYS[key]
+
+
+def test_session_that_the_target_relays_gets_a_ticket_that_needs_no_key():
+    world, a = registered(), by_link()
+    world.punch(a)
+    answer = RelayResponse(id=B_ID, socket_addr=called(), uuid="its session")
+    world.say(answer, from_b())
+    assert world.brokered == [Broker("its session", B_ID, False)]
+    late = from_b()
+    answer.uuid = "another"
+    assert world.say(answer, late) == [Refusal.NOT_AWAITED, Close(late.link)]
+    assert len(world.brokered) == 1
+
+
+@pytest.mark.parametrize("answer", [
+    RelayResponse(id=B_ID, socket_addr=called(99), uuid="forged"),
+    RelayResponse(id="987654321", socket_addr=called(), uuid="forged"),
+    RelayResponse(socket_addr=called(), uuid="forged"),
+    RelayResponse(id=B_ID, socket_addr=called(), uuid=""),
+    RelayResponse(id=B_ID, socket_addr=called(), uuid="x" * 600)])
+def test_answer_that_nobody_asked_for_makes_no_ticket(answer):
+    world = registered()
+    world.punch(by_link())
+    world.say(answer, from_b())
+    assert world.brokered == []
+
+
+def relay_needs_key(world, origin, now=NOW, peer_id=B_ID, uuid="u"):
+    """A asks for a relay; whether its ticket asks for the key."""
+    world.brokered.clear()
+    world.say(RequestRelay(id=peer_id, uuid=uuid), origin, now)
+    (ticket,) = world.brokered
+    assert (ticket.session_uuid, ticket.peer_id) == (uuid, peer_id)
+    return ticket.needs_key
+
+
+def test_relay_request_needs_the_key_unless_its_address_was_let_in():
+    world, other = registered(), Address("198.51.100.7", 9)
+    assert relay_needs_key(world, by_link(other))
+    world.punch(by_link(), licence_key="wrong")
+    assert relay_needs_key(world, by_link(other))
+    world.punch(by_link())
+    assert not relay_needs_key(world, by_link(other))
+    assert relay_needs_key(world, by_link(Address("198.51.100.8", 9)))
+
+
+def test_two_minutes_after_the_last_request_the_key_is_needed_again():
+    world = registered()
+    for now in NOW, NOW + 60:
+        world.register(now=now)
+        world.punch(by_link(), now)
+    world.register(now=NOW + 170)
+    world.tick(NOW + 179.9)
+    assert not relay_needs_key(world, by_link(), NOW + 179.9)
+    world.tick(NOW + 180)
+    assert relay_needs_key(world, by_link(), NOW + 180)
+
+
+def test_let_in_for_one_peer_is_not_let_in_for_another():
+    world = registered()
+    world.register("987654321", by_udp(Address("203.0.113.9", 9)))
+    world.punch(by_link())
+    assert relay_needs_key(world, by_link(), peer_id="987654321")
+
+
+@pytest.mark.parametrize("ip, needs_key", [
+    ("2001:db8:a::2", False), ("2001:db8:a:0:ffff::", False),
+    ("2001:db8:a:1::1", True)])
+def test_ipv6_address_is_let_in_with_its_network(ip, needs_key):
+    world = registered()
+    world.punch(by_link(A_IPV6))
+    assert relay_needs_key(world, by_link(Address(ip, 5))) is needs_key
+
+
+@pytest.mark.parametrize("settings", [
+    {"required": ""}, {"key_policy": "open"}, {"key_policy": "warn"}])
+def test_where_no_key_is_required_no_ticket_asks_for_it(settings):
+    assert not relay_needs_key(registered(**settings), by_link())
+
+
+def test_relay_to_nobody_makes_no_ticket():
+    world = registered()
+    for fields in {"id": "987654321"}, {"id": ""}, {"id": B_ID, "uuid": ""}:
+        world.say(RequestRelay(**{"uuid": "u", **fields}), by_link())
+    world.say(RequestRelay(id=B_ID, uuid="u"), by_link(), NOW + 31)
+    assert world.brokered == []
+
+
+# -- who may register -----------------------------------------------------------
+
+
+def deployed(result=8):
+    """NOT_DEPLOYED, which costs a client no id."""
+    return to_b(refused_pk(result))
+
+
+def approved(world, peer_id=B_ID):
+    """The operator approves; whether it was written."""
+    told = []
+    world.outcome(lambda: world.role.approve(peer_id, told.append))
+    return told
+
+
+def set_state(world, state, peer_id=B_ID):
+    """The operator changes a device's state; what the role does."""
+    return world.outcome(lambda: world.role.set_state(peer_id, state, lambda ok: None))
+
+
+def test_new_device_waits_for_approval_and_known_ones_do_not():
+    world = registered()
+    world.config.enroll = "approve"
+    assert world.register() == [to_b(ok())]
+    for _ in range(3):
+        assert world.register("987654321") == [Refusal.AWAITS_APPROVAL, deployed()]
+    assert list(world.role.applicants.entries) == ["987654321"]
+    assert "987654321" not in world.store.peers
+    assert approved(world, "987654321") == [True]
+    assert world.register("987654321") == [to_b(ok())]
+    assert world.register("another-id") == [Refusal.AWAITS_APPROVAL, deployed()]
+
+
+def test_approval_is_for_the_device_that_was_seen_first():
+    world = World(enroll="approve")
+    world.register(uuid=b"first")
+    world.register(uuid=b"second", now=NOW + 9)
+    approved(world)
+    assert world.register(uuid=b"second", now=NOW + 20)[0] is Refusal.DEVICE_MISMATCH
+    assert world.register(uuid=b"first", now=NOW + 20) == [to_b(ok())]
+
+
+def test_oldest_applicant_makes_room_for_the_newest():
+    world = World(enroll="approve")
+    world.role.applicants.capacity = 3
+    for number in range(5):
+        world.register(f"device-{number}")
+    assert list(world.role.applicants.entries) == ["device-2", "device-3", "device-4"]
+
+
+@pytest.mark.parametrize("allow, answer", [
+    ((), [Refusal.NOT_ENROLLED, deployed()]), ((B_ID,), [to_b(ok())]),
+    (("*",), [Refusal.NOT_ENROLLED, deployed()])])
+def test_nobody_new_but_by_name_where_enrolment_is_closed(allow, answer):
+    world = World(enroll="closed", allow=allow)
+    assert world.register() == answer
+    assert (B_ID in world.store.peers) is (answer == [to_b(ok())])
+
+
+def test_disabled_device_keeps_its_id_and_is_served_no_more():
+    world, a = registered(), by_link()
+    set_state(world, rustdesk_server.DISABLED)
+    assert not world.role.online(B_ID, NOW)
+    assert world.register(now=NOW + 9) == [Refusal.DISABLED, deployed()]
+    assert world.register(uuid=b"other", now=NOW + 9) == [Refusal.DISABLED, deployed()]
+    assert world.say(RegisterPeer(id=B_ID), by_udp()) == [to_b(please_register())]
+    assert world.punch(a, NOW + 9) == [
+        Refusal.DISABLED, Send(a.link, PunchHoleResponse(failure=Failure.OFFLINE))]
+    approved(world)
+    assert world.register(now=NOW + 20) == [to_b(ok())]
+
+
+def test_reclaimed_id_goes_to_the_next_device_and_stays_there():
+    world = registered()
+    set_state(world, rustdesk_server.RELEASED)
+    assert world.register(uuid=b"new device", pk=bytes(32), now=NOW + 9) == [to_b(ok())]
+    assert device_state(world) == ""
+    assert world.register(now=NOW + 20)[0] is Refusal.DEVICE_MISMATCH
+
+
+def test_reclaimed_id_stays_with_its_own_device_that_has_a_new_key():
+    world, place = registered(), Address("192.0.2.1", 5)
+    assert world.register(pk=bytes(32), origin=by_udp(place))[0] is Refusal.KEY_CHANGED
+    set_state(world, rustdesk_server.RELEASED)
+    assert world.register(pk=bytes(32), origin=by_udp(place), now=NOW + 9) == [
+        to_b(ok(), place)]
+    assert device_state(world) == ""
+    assert world.register(uuid=b"thief", now=NOW + 20)[0] is Refusal.DEVICE_MISMATCH
+
+
+def test_forgotten_id_is_new_again():
+    world = registered()
+    set_state(world, rustdesk_server.FORGOTTEN)
+    assert world.store.peers == {} and not world.role.online(B_ID, NOW)
+    assert world.punch(by_link())[0] is Refusal.UNKNOWN_ID
+    assert world.register(uuid=b"other", now=NOW + 9) == [to_b(ok())]
+
+
+def test_nothing_changes_when_the_disk_does_not_take_a_state():
+    world, told = registered(), []
+    world.disk_is_full = True
+    assert world.outcome(lambda: world.role.set_state(
+        B_ID, rustdesk_server.DISABLED, told.append)) == [Refusal.STORE_FAILED]
+    assert (told, device_state(world)) == ([False], "")
+    assert world.role.online(B_ID, NOW)
+
+
+def test_refused_id_is_neither_registered_nor_reached_nor_told_apart_from_offline():
+    world, a = World(refuse=(B_ID,)), by_link()
+    assert world.register() == [Refusal.REFUSED_ID, deployed()]
+    assert world.punch(a) == [
+        Refusal.REFUSED_ID, Send(a.link, PunchHoleResponse(failure=Failure.OFFLINE))]
+
+
+def test_rule_of_the_operator_ends_the_routes_that_it_is_about():
+    world = registered()
+    world.register("987654321", by_udp(Address("192.0.2.1", 5)))
+    world.config.refuse = rustdesk_server.parse_subjects("203.0.113.0/24")
+    world.role.limits.take(world.config)
+    world.outcome(world.role.enforce)
+    assert list(world.role.registrations) == ["987654321"]
+
+
+@pytest.mark.parametrize("bar", ["disable", "refuse"])
+def test_change_of_id_leads_around_no_bar(bar):
+    world, b = World(), by_link(B_PLACE)
+    world.register("barred-id", b)
+    if bar == "disable":
+        set_state(world, rustdesk_server.DISABLED, "barred-id")
+    else:
+        world.config.refuse = ("barred-id",)
+        world.role.limits.take(world.config)
+    b = by_link(B_PLACE)
+    world.register("other-id1", b, NOW + 9)
+    refusal, answer = world.say(
+        RegisterPk(old_id="other-id1", id="barred-id", uuid=DEVICE), b, NOW + 9)
+    assert refusal in (Refusal.DISABLED, Refusal.REFUSED_ID)
+    assert answer == Send(b.link, refused_pk(Result.NOT_SUPPORT))
+    assert "other-id1" in world.store.peers
+
+
+# -- quotas (protocol 9) --------------------------------------------------------
+
+
+def limited(**numbers):
+    """A world with these limits in which B is online."""
+    return registered(limit=tuple(numbers.items()))
+
+
+@pytest.mark.parametrize("name, spared", [
+    ("requests_per_address", ("198.51.100.8", B_ID)),
+    ("requests_per_pair", (A_PLACE.ip, "987654321")),
+    ("requests_per_target", (A_PLACE.ip, "987654321"))])
+def test_requests_for_connections_are_counted_by_address_peer_and_both(name, spared):
+    world = limited(**{name: 2})
+    world.register("987654321", by_udp(Address("203.0.113.9", 9)))
+    asks = [(placed_link(A_PLACE), B_ID)] * 3
+    asks.append((placed_link(Address(spared[0], 6)), spared[1]))
+    outcomes = [world.punch(a, peer_id=peer_id)[0] for a, peer_id in asks]
+    assert [outcome is Refusal.TOO_MANY_REQUESTS for outcome in outcomes] == [
+        False, False, True, False]
+    a = placed_link(A_PLACE)
+    assert world.say(RequestRelay(id=B_ID, uuid="u"), a) == [
+        Refusal.TOO_MANY_REQUESTS, Send(a.link, RelayResponse(
+            refuse_reason="Too frequent"))]
+    assert not world.brokered
+    assert world.punch(a, NOW + 61)[0] is not Refusal.TOO_MANY_REQUESTS
+
+
+def placed_link(address):
+    """A link that counts for its address."""
+    link = RoleLink(Listener.TCP, address, place=address.ip)
+    return Origin(Listener.TCP, address, link, None, None)
+
+
+def test_requests_for_ids_that_cannot_be_are_counted_too():
+    world, a = limited(requests_per_address=2), placed_link(A_PLACE)
+    outcomes = [world.punch(a, peer_id="x" * 5000)[0] for _ in range(3)]
+    assert outcomes == [Refusal.UNKNOWN_ID] * 2 + [Refusal.TOO_MANY_REQUESTS]
+    assert all(len(str(key)) < 200 for key in world.role.requests.table.entries)
+
+
+@pytest.mark.parametrize("name, later", [
+    ("new_ids", NOW + 61), ("new_ids_per_day", NOW + 86_401), ("peers", None)])
+def test_new_ids_are_so_many_and_known_ones_are_served(name, later):
+    world = limited(**{name: 2, "untried_days": 0})
+    assert world.register("second-id") == [to_b(ok())]
+    assert world.register("third-id1") == [
+        Refusal.TOO_MANY_NEW_IDS, to_b(refused_pk(Result.TOO_FREQUENT))]
+    assert world.register("second-id") == [to_b(ok())]
+    if later:
+        assert world.register("third-id1", now=later) == [to_b(ok())]
+
+
+def test_datagrams_of_many_addresses_make_no_more_ids_than_all_may():
+    world = limited(new_ids=10)
+    outcomes = [world.register(f"forged-{i}", by_udp(Address(f"192.0.2.{i}", 9)))
+                for i in range(50)]
+    assert sum(Refusal.TOO_MANY_NEW_IDS in outcome for outcome in outcomes) == 41
+    assert len(world.store.peers) == 10
+
+
+def test_school_behind_one_address_is_back_within_a_minute():
+    school = Address("203.0.113.77", 0)
+    before = World()
+    for i in range(300):
+        before.register(f"device-{i}", by_udp(Address(f"192.0.2.{i % 250}", i)),
+                        NOW + i)
+    world = World()
+    world.store.peers = {peer_id: peer.changed(ip=school.ip)
+                         for peer_id, peer in before.store.peers.items()}
+    outcomes = [world.register(f"device-{i}", by_udp(Address(school.ip, 1000 + i)))
+                for i in range(300)]
+    assert all(action.message == ok() for (action,) in outcomes)
+    assert len(world.role.registrations) == 300
+
+
+def test_questions_for_who_is_online_are_counted_by_their_bytes():
+    world, a = limited(online_query_bytes=100), placed_link(A_PLACE)
+    query = OnlineRequest(peers=[B_ID] * 4)  # 44 bytes
+    answers = [world.say(query, a) for _ in range(3)]
+    assert [type(action) for action, *_ in answers[:2]] == [Send, Send]
+    assert answers[2] == [Refusal.TOO_MANY_QUERIES, Close(a.link)]
+    assert type(world.say(query, placed_link(B_PLACE))[0]) is Send
+    assert type(world.say(query, a, NOW + 61)[0]) is Send
+
+
+def test_tests_of_the_nat_by_udp_are_counted_by_address():
+    world, test = limited(udp_tests_per_address=2), rustdesk_server.TestNatRequest()
+    answers = [world.say(test, by_udp(Address(B_PLACE.ip, port))) for port in (1, 2, 3)]
+    assert [type(answer[0]) for answer in answers[:2]] == [SendDatagram] * 2
+    assert answers[2] == [Refusal.TOO_FREQUENT]
+    assert type(world.say(test, by_udp(A_PLACE))[0]) is SendDatagram
+
+
+def test_tables_that_strangers_fill_stay_below_their_cap():
+    world = limited(table_entries=20, new_ids=1_000_000)
+    for i in range(200):
+        place = Address(f"192.0.2.{i}", 1000 + i)
+        world.register(f"device-{i}", by_udp(place))
+        world.say(rustdesk_server.TestNatRequest(), by_udp(place))
+        world.punch(placed_link(place))
+        world.say(OnlineRequest(peers=["x"]), placed_link(place))
+    role = world.role
+    tables = [table for table, _, capacity in role.limits.tables
+              if capacity == "table_entries"]
+    assert role.requests.table in tables and role.accepted in tables
+    assert all(len(table) <= 20 for table in tables)
+
+
+# -- what strangers' bytes may do ------------------------------------------------
+
+#: Ids that would do harm where they are printed as they are, or written whole.
+EVIL_IDS = ["a\nb: refused", "\x1b[31mred\x07", "\u202egnp.exe", "it's \"it\"",
+            '{"id":1}', "x" * 20_000, "\U0001f600" * 5000, "\0" * 9000]
+
+
+@pytest.mark.parametrize("evil", EVIL_IDS, ids=range(len(EVIL_IDS)))
+@pytest.mark.parametrize("make", [
+    lambda evil: (RegisterPk(id=evil), by_udp()),
+    lambda evil: (RegisterPk(id=evil, uuid=b"u", pk=SEED), by_udp()),
+    lambda evil: (RegisterPk(id=evil, old_id=evil, uuid=b"u"), by_link()),
+    lambda evil: (PunchHoleRequest(id=evil), by_link()),
+    lambda evil: (PunchHoleRequest(id=evil, licence_key=PUBLIC_TEXT), by_link()),
+    lambda evil: (RequestRelay(id=evil, uuid=evil), by_link())])
+def test_id_of_a_stranger_is_escaped_and_cut_in_what_is_said_of_it(make, evil):
+    message, origin = make(evil)
+    world = World()
+    handler = world.role.ACCEPTS[origin.listener][type(message)]
+    said = [action.text for action in handler(world.role, message, origin, NOW)
+            if isinstance(action, rustdesk_server.Refuse)]
+    for text in said:
+        assert text.isascii() and text.isprintable() and len(text) < 2500
+        assert str(origin.address) in text
+    assert said or "\n" not in evil  # what is no id is not registered
+
+
+#: What the fields of a datagram may hold; each kind takes those that it has.
+LIKELY_FIELDS = (
+    {}, {"id": "1"}, {"id": B_ID}, {"id": B_ID, "serial": 3}, {"id": "12345678"},
+    {"uuid": b"u", "pk": b"k"}, {"id": "1", "uuid": b"u", "pk": b"k"},
+    {"id": B_ID, "uuid": b"u", "pk": SEED}, {"id": B_ID, "uuid": DEVICE, "pk": SEED},
+    {"id": "12345678", "uuid": b"u", "pk": SEED}, {"id": B_ID, "socket_addr": called()},
+    {"id": "newname1", "uuid": b"u", "pk": SEED, "old_id": B_ID})
+
+
+def datagrams_of_every_kind():
+    """Every message of the protocol in likely forms, and payloads of no kind."""
+    yield from (b"", b"\x32\x00", b"\xfa\x7f\x00", b"\xff" * 20)
+    for kind in rustdesk_server.UNION.values():
+        for values in LIKELY_FIELDS:
+            known = {name: value for name, value in values.items()
+                     if name in kind.__slots__ and kind is not HttpProxyRequest}
+            with contextlib.suppress(TypeError, AttributeError):  # of another type
+                yield encode_message(kind(**known))
+
+
+def answers_to(world, datagram, place):
+    """The datagrams that leave for where this one came from."""
+    handlers = world.role.ACCEPTS[Listener.UDP]
+    try:
+        message = decode_message(datagram)
+    except Refused:
+        return []
+    origin = Origin(Listener.UDP, place, None, tuple(place), datagram)
+    handler = handlers.get(type(message))
+    actions = world.outcome(
+        lambda: handler(world.role, message, origin, NOW)) if handler else ()
+    return [encode_message(action.message) for action in actions
+            if type(action) is SendDatagram and action.sockaddr == tuple(place)]
+
+
+@pytest.mark.parametrize("settings", [
+    {}, {"enroll": "approve"}, {"enroll": "closed"}, {"refuse": ("*",)},
+    {"limit": (("registrations-per-address", 0),)}, {"limit": (("new-ids", 0),)}])
+@pytest.mark.parametrize("place", [B_PLACE, Address("192.0.2.66", 6)])
+def test_no_datagram_is_answered_by_a_longer_one_but_the_test_of_the_nat(
+        settings, place):
+    answered = set()
+    for known in (False, True):
+        for datagram in set(datagrams_of_every_kind()):
+            world = World(**settings)
+            if known:
+                world.store.enter(rustdesk_server.Peer(B_ID, DEVICE, SEED), None)
+                world.register()
+            answers = answers_to(world, datagram, place)
+            answered.update(type(decode_message(datagram)) for _ in answers)
+            if b"\xa2\x01" != datagram[:2]:  # TestNatRequest
+                assert sum(map(len, answers)) <= len(datagram), datagram
+    assert answered == {RegisterPeer, RegisterPk, rustdesk_server.TestNatRequest}
+
+
 # == 14. Relay =================================================================
 
 
