@@ -8454,24 +8454,34 @@ class Server:
         self.take_handlers(self.rendezvous)
         self.check_relays()
         self.announce_to_relays()
+        self.warn_of_relays()
+
+    def warn_of_relays(self):
+        """Say so where an ID server alone leaves its relays without
+        tickets."""
+        if self.role == "hbbs" and self.config.relay_servers and not self.ticket_secret:
+            self.log.warn("the relays of --relay-servers carry anybody's sessions, as "
+                          "far as this server knows: --relay-secret here and there "
+                          "ends that")
+        if self.role == "hbbs" and self.ticket_secret and not self.config.relay_servers:
+            self.log.warn("--relay-secret is given, but --relay-servers names no relay "
+                          "that could be told of sessions; a relay with the same "
+                          "secret will refuse them")
 
     def announce_to_relays(self):
         """Have a connection to every relay of the list that asks for
         tickets."""
         names = self.rendezvous.relays.names if self.ticket_secret else ()
-        if self.role == "hbbs" and self.config.relay_servers and not names:
-            self.log.warn("the relays of --relay-servers carry anybody's sessions, as "
-                          "far as this server knows: --relay-secret here and there "
-                          "ends that")
         for name in set(self.announcers) - set(names):
             self.announcers.pop(name).close()
         if names and self.resolver is None:
             self.resolver = Helper(self.loop)
         key = self.rendezvous.key
+        keys = (key.required, *key.accepted)
         for name in names:
             if name not in self.announcers:
-                announcer = Announcer(self, name, (key.required, *key.accepted))
-                self.announcers[name] = announcer
+                self.announcers[name] = Announcer(self, name, keys)
+            self.announcers[name].keys = keys
 
     def find_local_relay(self):
         """How peers in the network of --mask reach our relay."""
@@ -9220,7 +9230,6 @@ class Server:
                 self.rendezvous.relays = RelayServers(config.relay_servers)
             if "mask" in changed or "local_ip" in changed:
                 self.find_local_relay()
-            self.announce_to_relays()
         self.enforce()
         self.log.set_level(self.config.log_level)
         self.log.info(f"configuration read again, {len(changed)} settings changed")
@@ -9231,6 +9240,7 @@ class Server:
         config, rules = self.config, self.limits.rules
         if self.rendezvous is not None:
             self.rendezvous.key.accepted = config.accept_key
+            self.announce_to_relays()
             self.perform(self.rendezvous.enforce())
         for link in list(self.crowd.links):
             if rules.refuses_address(link.address.ip):
