@@ -9471,11 +9471,7 @@ class Operator:
     def obey(self, line, answer):
         """Do what a line asks for; a mistake is answered as {"fault": why}."""
         try:
-            words = json.loads(line)
-            if not (isinstance(words, list) and words
-                    and all(isinstance(word, str) for word in words)):
-                raise Mistake("a command is a list of words")
-            name, *words = words
+            name, *words = read_order(line)
             command = self.COMMANDS.get(name)
             if command is None:
                 raise Mistake(f"there is no command {name}")
@@ -9690,6 +9686,18 @@ class Operator:
         "refuse": refuse, "limits": limits, "relay-servers": relay_servers,
         "always-use-relay": always_use_relay, "reload": reload,
     }
+
+
+def read_order(line):
+    """The command and words of a line at the door; Mistake if it has none."""
+    try:
+        order = json.loads(line)
+    except RecursionError:
+        order = None
+    if not isinstance(order, list) or not order or not all(
+            isinstance(word, str) for word in order):
+        raise Mistake("a command is a list of words")
+    return order
 
 
 #: Settings that `limits` shows and changes beside the limits.
