@@ -6088,8 +6088,6 @@ class Relay:
         fault = self.key.fault_of(request.licence_key)
         if fault is not None and self.policy == "require":
             refusal = fault
-        elif fault is not None and self.policy == "warn":
-            yield Tolerate(fault, f"relay link from {link.address}{towards(request)}")
         if request.id and self.limits.rules.refuses_id(request.id):
             refusal = Refusal.REFUSED_ID
         link.errand = request
@@ -6169,6 +6167,10 @@ class Relay:
         if refusal is not None:
             yield from self.turn_away(link, refusal)
             return
+        fault = self.key.fault_of(request.licence_key)
+        if fault is not None and self.policy == "warn":
+            whose = towards(request) or (f" for {ticket.peer_id!a}" if ticket else "")
+            yield Tolerate(fault, f"relay link from {link.address}{whose}")
         partner = self.stop_waiting(request.uuid)
         if partner is not None and not partner.is_alive():
             yield Close(partner)  # it left in the very moment that this one came
@@ -8384,8 +8386,9 @@ class Server:
         text = self.config.key
         plant_key(self.directory, self.config.key_priv, self.config.key_pub)
         if text is None:
-            is_open = is_relay and self.config.key_policy != "require"
-            text = "" if is_open else "-"
+            warns = self.rendezvous is not None and self.config.relay_tickets == "on"
+            policy = self.config.key_policy or (is_relay and warns and "warn")
+            text = "" if is_relay and policy not in ("warn", "require") else "-"
         if is_relay and text in ("-", "_"):
             wait_for_key_file(self.directory)
         key, warnings = load_server_key(text, is_relay, self.directory, os.urandom)
