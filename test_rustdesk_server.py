@@ -42,6 +42,7 @@ import errno
 import functools
 import glob
 import hashlib
+import hmac
 import io
 import itertools
 import json
@@ -13331,6 +13332,467 @@ def flood_row(figures):
              f"{figures['renewal_median_ms']} ms, {figures['renewals_lost']} lost",
              f"{mib} MiB", refusals, "; ".join(flood_troubles(figures)) or "well"]
     return f"| {' | '.join(cells)} |"
+
+
+# -- strangers stay out: tickets through real sockets --
+
+
+@contextlib.contextmanager
+def secret_file(text="a secret of 16 characters or more"):
+    """A file with a secret for both ends."""
+    with tempfile.NamedTemporaryFile("w", suffix=".secret") as file:
+        file.write(text + "\n")
+        file.flush()
+        yield file.name
+
+
+def relay_with_secret(path, *arguments, **options):
+    """A relay in a process of its own that asks for tickets."""
+    return ServerProcess("--relay-secret", path, *arguments, role="hbbr", tickets=True,
+                         **options)
+
+
+def rendezvous_for(relays, path, *arguments, **options):
+    """An ID server in a process of its own that announces to these relays."""
+    names = ",".join(f"127.0.0.1:{relay.ports['relay']}" for relay in relays)
+    return ServerProcess("--relay-secret", path, "-r", names, *arguments, role="hbbs",
+                         tickets=True, **options)
+
+
+def wait_for_announcer(rendezvous, count=1, since=0):
+    """Wait until so many relays take this ID server's word."""
+    wait_until(lambda: len(re.findall("takes our sessions only",
+                                      rendezvous.log()[since:])) >= count)
+
+
+@contextlib.contextmanager
+def two_processes(*arguments):
+    """An ID server and its relay, each in a process of its own, as one server."""
+    with secret_file() as path, relay_with_secret(path) as relay:
+        with rendezvous_for([relay], path, *arguments) as rendezvous:
+            wait_for_announcer(rendezvous)
+            rendezvous.ports.update(relay.ports)
+            rendezvous.relay = relay
+            yield rendezvous
+
+
+@pytest.fixture(scope="session", params=["one-process", "two-processes"])
+def lasting_ticket_server(request):
+    """Both roles as they run by default, and with a secret between them."""
+    how = {"one-process": lambda: ServerProcess(tickets=True),
+           "two-processes": two_processes}
+    with how[request.param]() as started:
+        started.relay = getattr(started, "relay", started)
+        yield started
+
+
+@pytest.fixture
+def ticket_server(lasting_ticket_server):
+    yield from lend(lasting_ticket_server)
+
+
+@all_combinations
+def test_clients_meet_on_a_relay_that_asks_for_tickets(
+        ticket_server, a_transport, b_transport):
+    with LivePeer(ticket_server, transport=b_transport) as peer:
+        initiator = Initiator(ticket_server, transport=a_transport, force_relay=True)
+        assert dial_and_converse(initiator, peer, "relay").is_secure
+
+
+@all_combinations
+def test_relay_that_asks_for_tickets_takes_what_the_initiator_arranges(
+        ticket_server, a_transport, b_transport):
+    """Three times over, as a client retries: each attempt has a new session uuid."""
+    with LivePeer(ticket_server, listens=False) as peer:
+        initiator = Initiator(ticket_server)
+        with initiator.open() as link:
+            _, answer = initiator.ask(link, peer.peer_id)
+        initiator.transport, peer.transport = a_transport, b_transport
+        for _ in range(3):
+            here = initiator.ask_for_relay(answer, peer.peer_id)
+            converse(here, peer.next_session())
+            here.close()
+
+
+def test_two_requests_on_two_connections_both_get_their_session(ticket_server):
+    """As a client does that tries UDP and TCP at once."""
+    with LivePeer(ticket_server) as peer:
+        initiators = [Initiator(ticket_server, ip=peer.ip, force_relay=True)
+                      for _ in range(2)]
+        sessions = in_parallel(*[functools.partial(initiator.dial, peer.peer_id)
+                                 for initiator in initiators])
+        assert all(session.is_secure for session in sessions)
+        for session in sessions:
+            session.close()
+
+
+class ProxiedInitiator(Initiator):
+    """A WebSocket client behind a reverse proxy on the server's machine."""
+
+    HEADERS = {"X-Forwarded-For": "203.0.113.77"}
+
+    def open(self):
+        return open_link(self.server, "rendezvous", "ws", self.ip, headers=self.HEADERS)
+
+    def join_relay(self, response, peer_id):
+        link = open_link(self.server, "relay", "ws", self.ip, headers=self.HEADERS)
+        link.tell("request_relay", id=peer_id, uuid=response.uuid,
+                  licence_key=self.key())
+        return self.begin(link, "relay", response.pk, peer_id)
+
+
+def test_client_behind_a_proxy_meets_on_a_relay_that_asks_for_tickets(ticket_server):
+    with LivePeer(ticket_server) as peer:
+        initiator = ProxiedInitiator(ticket_server, transport="ws")
+        assert dial_and_converse(initiator, peer, "relay").is_secure
+
+
+def relay_link(server, session_uuid, **fields):
+    """A link that asks the relay for a session."""
+    link = open_link(server, "relay", "tcp", next_ip())
+    link.tell("request_relay", uuid=session_uuid, **fields)
+    return link
+
+
+def arranged(server, peer, session_uuid):
+    """B names a session in its answer to A, who was let in."""
+    initiator = Initiator(server, force_relay=True)
+    with initiator.open() as a, peer.open_rendezvous() as b:
+        a.send(initiator.punch_request(peer.peer_id))
+        b.send(peer.answer_by_relay(peer.receive("punch_hole"), session_uuid))
+        assert a.expect("relay_response").uuid == session_uuid
+
+
+def are_paired(one, other):
+    """Whether what one link sends comes out of the other."""
+    one.send(b"are you there?")
+    with contextlib.suppress(TimeoutError):
+        return other.receive(5) == b"are you there?"
+    return False
+
+
+@pytest.mark.parametrize("early", [0, 1, 2])
+def test_links_may_be_ahead_of_their_ticket(ticket_server, early):
+    session_uuid, links = os.urandom(16).hex(), []
+    with Peer(ticket_server).registered() as peer:
+        for number in range(3):
+            if number == early:
+                arranged(ticket_server, peer, session_uuid)
+            if number < 2:
+                links.append(relay_link(ticket_server, session_uuid))
+    assert are_paired(*links)
+    for link in links:
+        link.close()
+
+
+def test_links_with_the_key_and_no_ticket_are_not_paired(ticket_server):
+    since = len(ticket_server.relay.log())
+    links = [relay_link(ticket_server, "nobody arranged this", id="123456789",
+                        licence_key=ticket_server.public_key) for _ in range(2)]
+    links[0].send(b"are you there?")
+    assert [link.receive(8) for link in links] == [None, None]
+    ticket_server.relay.wait_for_log("refused, no-ticket: relay link", since=since)
+
+
+def test_arranged_session_is_one_session(ticket_server):
+    session_uuid = os.urandom(16).hex()
+    since = len(ticket_server.relay.log())
+    with Peer(ticket_server).registered() as peer:
+        arranged(ticket_server, peer, session_uuid)
+    one, other = (relay_link(ticket_server, session_uuid) for _ in range(2))
+    assert are_paired(one, other)
+    one.close()
+    assert other.ended()
+    with relay_link(ticket_server, session_uuid) as third:
+        assert third.ended()
+    ticket_server.relay.wait_for_log("refused, ticket-used: relay link", since=since)
+
+
+def test_stranger_arranges_a_session_that_holds_with_the_key_only(ticket_server):
+    """RequestRelay carries no key: then the initiator shows it at the relay."""
+    with Peer(ticket_server).registered() as peer:
+        def arrange():
+            session_uuid = os.urandom(16).hex()
+            with open_link(ticket_server, "rendezvous", "tcp", next_ip()) as link:
+                link.tell("request_relay", id=peer.peer_id, uuid=session_uuid)
+                assert peer.receive("request_relay").uuid == session_uuid
+            return session_uuid, relay_link(ticket_server, session_uuid)
+
+        for key in ("", "some other key"):
+            session_uuid, b = arrange()
+            with b, relay_link(ticket_server, session_uuid, id=peer.peer_id,
+                               licence_key=key) as a:
+                assert a.ended() and b.is_silent()
+            session_uuid, b = arrange()
+            with b, relay_link(ticket_server, session_uuid, licence_key=key) as a:
+                assert a.ended() and b.ended()
+        session_uuid, b = arrange()
+        with b, relay_link(ticket_server, session_uuid, id=peer.peer_id,
+                           licence_key=ticket_server.public_key) as a:
+            assert are_paired(a, b)
+
+
+def test_link_waits_for_its_ticket_for_so_long_only():
+    with ServerProcess("--limit", "early-seconds=1", tickets=True) as server:
+        started = time.monotonic()
+        with relay_link(server, "nobody arranged this") as link:
+            assert link.ended(5)
+        assert time.monotonic() - started < 4
+        server.wait_for_log("no-ticket: relay link from .*has not arranged")
+
+
+# -- the secret between an ID server and its relays --
+
+
+class Announcer:
+    """The ID server's end of the connection for tickets, by hand."""
+
+    def __init__(self, relay, secret=b"a secret of 16 characters or more"):
+        self.secret = secret
+        self.link = TcpLink(relay.address("relay"), (next_ip(), 0))
+        self.link.send_raw(b"RUSTDESK-TICKETS 1\n")
+        self.challenge = bytes.fromhex(self.read_line())
+        assert len(self.challenge) == 32
+        self.number = 0
+
+    def read_line(self):
+        while b"\n" not in self.link.buffer:
+            data = self.link.read()
+            assert data, "ended"
+            self.link.buffer += data
+        line, _, rest = bytes(self.link.buffer).partition(b"\n")
+        self.link.buffer[:] = rest
+        return line.decode()
+
+    def line(self, text=b""):
+        """A line with its proof: the challenge, its number, the text."""
+        proof = self.challenge + struct.pack(">Q", self.number) + text
+        self.number += 1
+        mac = hmac.new(self.secret, proof, "sha256").hexdigest().encode()
+        return text + b" " + mac + b"\n"
+
+    def ticket(self, session_uuid):
+        return self.line(json.dumps([session_uuid, "123456789", []]).encode())
+
+
+@pytest.fixture(scope="session")
+def lasting_secret_relay():
+    with secret_file() as path, relay_with_secret(path) as relay:
+        yield relay
+
+
+@pytest.fixture
+def secret_relay(lasting_secret_relay):
+    yield from lend(lasting_secret_relay)
+
+
+def opens(relay, session_uuid):
+    """Whether the relay pairs two links of a session."""
+    with relay_link(relay, session_uuid) as a, relay_link(relay, session_uuid) as b:
+        with contextlib.suppress(ConnectionError):
+            return are_paired(a, b)
+
+
+def test_relay_takes_tickets_from_who_has_the_secret(secret_relay):
+    announcer = Announcer(secret_relay)
+    announcer.link.send_raw(announcer.line())
+    assert announcer.read_line() == "ok"
+    announcer.link.send_raw(announcer.ticket("its one") + announcer.ticket("its two"))
+    assert opens(secret_relay, "its one") and opens(secret_relay, "its two")
+    announcer.link.close()
+
+
+@pytest.mark.parametrize("forge", ["other-secret", "recorded", "left-out", "moved",
+                                   "greeting-again", "garbage", "endless"])
+def test_relay_takes_no_tickets_that_the_secret_did_not_make_now(secret_relay, forge):
+    since, name = len(secret_relay.log()), "forged " + forge
+    honest = Announcer(secret_relay)
+    first, second, third = honest.line(), honest.ticket(name), honest.ticket(name)
+    if forge == "other-secret":
+        forger = Announcer(secret_relay, b"another secret of that length")
+        sent = forger.line() + forger.ticket(name)
+    elif forge == "recorded":
+        forger, sent = Announcer(secret_relay), first + second
+    elif forge == "left-out":
+        forger, sent = honest, first + third
+    elif forge == "moved":
+        forger, sent = honest, second + first
+    elif forge == "greeting-again":
+        forger, sent = honest, first + first + second
+    elif forge == "garbage":
+        forger, sent = honest, os.urandom(5000) + b"\n" + second
+    else:
+        forger, sent = honest, b"x" * 100_000
+    with contextlib.suppress(ConnectionError):
+        forger.link.send_raw(sent)
+    assert b"ok\nok" not in forger.link.read_to_end()
+    secret_relay.wait_for_log("refused, bad-tickets: ", since=since)
+    assert not opens(secret_relay, name)
+    honest.link.close()
+
+
+def test_connection_for_tickets_that_says_nothing_is_ended(secret_relay):
+    with ServerProcess("--limit", "relay-first-frame-seconds=1", "--relay-secret",
+                       secret_relay.arguments[secret_relay.arguments.index(
+                           "--relay-secret") + 1], role="hbbr", tickets=True) as relay:
+        announcer = Announcer(relay)
+        assert announcer.link.ended(5)
+
+
+def relay_a_session(rendezvous, relay):
+    """A whole session over this relay."""
+    rendezvous.ports.update(relay.ports)
+    with LivePeer(rendezvous) as peer:
+        dial_and_converse(Initiator(rendezvous, force_relay=True), peer, "relay")
+
+
+@pytest.mark.parametrize("ending", ["terminate", "kill"])
+def test_relay_that_comes_back_is_told_of_sessions_again(ending):
+    port = free_ports(3)
+    with secret_file() as path, relay_with_secret(path, port=str(port)) as relay:
+        with rendezvous_for([relay], path) as rendezvous:
+            wait_for_announcer(rendezvous)
+            relay_a_session(rendezvous, relay)
+            since = len(rendezvous.log())
+            getattr(relay, ending)()
+            rendezvous.wait_for_log("gets no tickets, so it refuses", since=since)
+            relay.start()
+            wait_for_announcer(rendezvous, since=since)
+            relay_a_session(rendezvous, relay)
+
+
+def test_relay_may_start_later_than_its_id_server():
+    port = free_ports(3)
+    with secret_file() as path, ServerProcess(
+            "--relay-secret", path, "-r", f"127.0.0.1:{port}", role="hbbs",
+            tickets=True) as rendezvous:
+        rendezvous.wait_for_log(f"relay 127.0.0.1:{port} gets no tickets")
+        with relay_with_secret(path, port=str(port)) as relay:
+            wait_for_announcer(rendezvous)
+            relay_a_session(rendezvous, relay)
+
+
+def test_every_relay_of_the_list_is_told_of_every_session():
+    with secret_file() as path, relay_with_secret(path) as one:
+        with relay_with_secret(path) as other:
+            with rendezvous_for([one, other], path) as rendezvous:
+                wait_for_announcer(rendezvous, 2)
+                for relay in (one, other):
+                    session_uuid = os.urandom(16).hex()
+                    with Peer(rendezvous).registered() as peer:
+                        arranged(rendezvous, peer, session_uuid)
+                    wait_until(lambda: opens(relay, session_uuid))
+
+
+def test_relay_that_is_added_at_run_time_is_told_of_sessions():
+    with secret_file() as path, relay_with_secret(path) as one:
+        with relay_with_secret(path) as other:
+            with rendezvous_for([one], path) as rendezvous:
+                wait_for_announcer(rendezvous)
+                name = f"127.0.0.1:{other.ports['relay']}"
+                assert order(rendezvous, "relay-servers", name)["rows"][0][0] == name
+                wait_for_announcer(rendezvous, 2)
+                relay_a_session(rendezvous, other)
+
+
+def test_two_ends_with_different_secrets_say_so():
+    with secret_file() as path, secret_file("another secret of length") as wrong:
+        with relay_with_secret(path) as relay, rendezvous_for(
+                [relay], wrong) as rendezvous:
+            rendezvous.wait_for_log("gets no tickets, so it refuses sessions: .*same "
+                                    "--relay-secret")
+            relay.wait_for_log("refused, bad-tickets: .*another secret")
+            session_uuid = os.urandom(16).hex()
+            with Peer(rendezvous).registered() as peer:
+                arranged(rendezvous, peer, session_uuid)
+            assert not opens(relay, session_uuid)
+
+
+def test_former_key_that_is_taken_at_run_time_holds_at_the_relay():
+    with two_processes() as server, Peer(server).registered() as peer:
+        server.write(".env", "accept-key = the former key\n")
+        assert order(server, "reload") == {"said": "read again"}
+        session_uuid = os.urandom(16).hex()
+        with open_link(server, "rendezvous", "tcp", next_ip()) as link:
+            link.tell("request_relay", id=peer.peer_id, uuid=session_uuid)
+            peer.receive("request_relay")
+        with relay_link(server, session_uuid) as b, relay_link(
+                server, session_uuid, id=peer.peer_id,
+                licence_key="the former key") as a:
+            assert are_paired(a, b)
+
+
+@pytest.mark.parametrize("content, told", [
+    (None, "cannot read .*No such file"), ("short", "must hold a secret of 16")])
+def test_secret_that_cannot_be_used_ends_the_start_with_a_sentence(content, told):
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "relay.secret")
+        if content is not None:
+            with open(path, "w", encoding="ascii") as file:
+                file.write(content)
+        for role in "hbbs", "hbbr":
+            ended = run_server(role, "-p", "0", "--relay-secret", path)
+            assert ended.returncode == 1
+            assert re.search(told, ended.stdout) and "relay-secret" in ended.stdout
+
+
+def test_start_says_what_its_tickets_and_keys_leave_open():
+    with secret_file() as path:
+        for role, arguments, told in (
+                ("hbbs", ["-r", "127.0.0.1:9"], "carry anybody's sessions"),
+                ("hbbs", ["--relay-secret", path], "--relay-servers names no relay"),
+                ("hbbr", [], "has neither tickets nor a key"),
+                (None, ["--relay-tickets", "off"], "has neither tickets nor a key")):
+            with ServerProcess(*arguments, role=role, tickets=True) as server:
+                assert server.log().count(told) == 1
+        ended = run_server("hbbr", "-p", "0", "--relay-tickets", "on")
+        assert ended.returncode == 1 and "same --relay-secret" in ended.stdout
+
+
+# -- the operator's door --
+
+
+def knock(server, data, role="both"):
+    """Say these bytes at the door; what is answered, or None."""
+    with socket.socket(socket.AF_UNIX) as link:
+        link.settimeout(DEADLINE_SECONDS)
+        link.connect(server.path(f".{role}.door"))
+        link.sendall(data)
+        with link.makefile("rb") as file:
+            return json.loads(file.readline() or "null")
+
+
+def order(server, *words):
+    """A command at the door of a running server; its reply."""
+    role = {"hbbs": "hbbs", "hbbr": "hbbr"}.get(server.arguments[0], "both")
+    return knock(server, json.dumps(words).encode() + b"\n", role)
+
+
+@pytest.mark.parametrize("data", [
+    b"{}\n", b"1\n", b"null\n", b'"peers"\n', b"[]\n", b"[1]\n", b'[["peers"]]\n',
+    b'["kick", {}]\n', b'["kick", ["x"]]\n', b'["nothing of ours"]\n', b"not JSON\n",
+    b"\xff\n", b"[" * 100_000 + b"\n", b'["limits", "new-ids", null]\n',
+    b'["peers"]\n["peers"]\n', b'["kick"]\n', b'["forget", "a", "b"]\n'])
+def test_garbage_at_the_door_is_answered_with_what_is_wrong(server, data):
+    assert set(knock(server, data)) == {"fault"}
+    assert order(server, "peers").keys() == {"columns", "rows", "said"}
+
+
+def test_door_is_open_to_the_servers_user_only(server):
+    status = os.stat(server.path(".both.door"))
+    assert stat.S_ISSOCK(status.st_mode) and stat.S_IMODE(status.st_mode) == 0o600
+
+
+def test_visitor_that_says_nothing_or_too_much_stops_nobody(server):
+    with socket.socket(socket.AF_UNIX) as silent, socket.socket(socket.AF_UNIX) as loud:
+        for link in (silent, loud):
+            link.settimeout(DEADLINE_SECONDS)
+            link.connect(server.path(".both.door"))
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            loud.sendall(b"x" * (3 << 20))
+        assert order(server, "sessions")["rows"] == []
+        with contextlib.suppress(ConnectionResetError):
+            assert loud.recv(1) == b""
 
 
 # == 19. Maintenance ===========================================================
