@@ -10541,6 +10541,10 @@ def become(name):
     except OSError as error:
         raise StartTrouble(f"user = {name}: {error.strerror}; only a server started as "
                            "root can change its user") from None
+    if not os.access(os.__file__, os.R_OK):
+        raise StartTrouble(f"user = {name}: this user cannot read the Python in "
+                           f"{os.path.dirname(os.__file__)}, which is still needed: "
+                           "start the server with one that everybody can read")
 
 
 def open_log(config):
