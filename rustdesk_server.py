@@ -3869,8 +3869,9 @@ class Limits:
             row = LIMITS.get(canonical_name(name))
             if row is None or row.fixed:
                 why = "there is no such limit" if row is None else "it is fixed"
-                raise ConfigTrouble(f"limit = {name}={number}: {why}; the subcommand "
-                                    "`limits` lists them")
+                where = config.origins.get("limit", "asked for just now")
+                raise ConfigTrouble(f"limit = {name}={number} ({where}): {why}; the "
+                                    "subcommand `limits` lists them")
             numbers[canonical_name(name)] = number
         self.__dict__.update(numbers)
         self.exempt = config.exempt
@@ -9274,7 +9275,10 @@ class Server:
         """
         row = SETTINGS[canonical_name(name)]
         if text is not None:
-            value = row.parse(text)
+            try:
+                value = row.parse(text)
+            except ValueError as error:
+                raise ConfigTrouble(f"{row.name} = {text}: {error}") from None
             if row.attribute == "limit":
                 trial = Config()
                 trial.limit = value
