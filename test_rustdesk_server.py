@@ -13768,7 +13768,7 @@ def order(server, *words):
     return knock(server, json.dumps(words).encode() + b"\n", role)
 
 
-@pytest.mark.parametrize("data", [
+@pytest.mark.parametrize("data", ids=range(17), argvalues=[
     b"{}\n", b"1\n", b"null\n", b'"peers"\n', b"[]\n", b"[1]\n", b'[["peers"]]\n',
     b'["kick", {}]\n', b'["kick", ["x"]]\n', b'["nothing of ours"]\n', b"not JSON\n",
     b"\xff\n", b"[" * 100_000 + b"\n", b'["limits", "new-ids", null]\n',
@@ -13793,6 +13793,611 @@ def test_visitor_that_says_nothing_or_too_much_stops_nobody(server):
         assert order(server, "sessions")["rows"] == []
         with contextlib.suppress(ConnectionResetError):
             assert loud.recv(1) == b""
+
+
+# -- what the operator changes while the server runs --
+
+NOT_DEPLOYED = 8
+
+
+def ask_cli(server, *words):
+    """A subcommand, run beside the server; what it printed."""
+    ended = run_server(*words, directory=server.path(""))
+    return ended.returncode, ended.stdout
+
+
+@pytest.fixture
+def own_server():
+    """A server that one test may change."""
+    with ServerProcess(tickets=True) as server:
+        yield server
+
+
+def test_new_device_waits_for_its_approval_and_keeps_its_id():
+    with ServerProcess("--enroll", "approve") as server, Peer(server) as peer:
+        assert [peer.register(), peer.register()] == [NOT_DEPLOYED] * 2
+        server.wait_for_log(f"refused, awaits-approval: '{peer.peer_id}' from "
+                            f"{peer.ip}")
+        status, said = ask_cli(server, "approve")
+        assert status == 0 and peer.peer_id in said and peer.ip in said
+        assert "waits for approval" in ask_cli(server, "peers", peer.peer_id)[1]
+        status, said = ask_cli(server, "approve", peer.peer_id)
+        assert (status, said) == (0, f"{peer.peer_id} is approved\n")
+        assert peer.register() == OK
+        server.restart()
+        with peer.moved() as again:
+            assert again.register() == OK
+        assert ask_cli(server, "approve", "987654321")[0] == 1
+
+
+def test_closed_server_takes_known_and_allowed_devices():
+    with ServerProcess() as server, Peer(server).registered() as known:
+        server.arguments += ["--enroll", "closed", "--allow", "allowed-1"]
+        server.restart()
+        with Peer(server) as new, Peer(server, "allowed-1") as allowed:
+            assert new.register() == NOT_DEPLOYED
+            assert allowed.register() == known.register() == OK
+        server.wait_for_log("refused, not-enrolled: ")
+
+
+def test_device_is_disabled_and_approved_and_its_session_is_cut(own_server):
+    with LivePeer(own_server) as peer:
+        here = Initiator(own_server, force_relay=True).dial(peer.peer_id)
+        there = peer.next_session()
+        assert order(own_server, "sessions")["rows"][0][1] == peer.peer_id
+        assert "is disabled" in order(own_server, "disable", peer.peer_id)["said"]
+        assert here.receive() is None and there.receive() is None
+        with pytest.raises(NotConnected, match=str(OFFLINE)):
+            Initiator(own_server).dial(peer.peer_id)
+        with peer.moved() as again:
+            assert again.register() == NOT_DEPLOYED
+            own_server.restart()
+            assert again.register() == NOT_DEPLOYED
+            order(own_server, "approve", peer.peer_id)
+            assert again.register() == OK
+    own_server.wait_for_log(r"cut: session \d+ of ")
+    own_server.wait_for_log(f"refused, disabled: '{peer.peer_id}' from ")
+
+
+def test_reclaimed_id_is_taken_by_the_next_device_and_survives_a_restart(own_server):
+    with Peer(own_server).registered() as peer, Peer(own_server, peer.peer_id) as new:
+        assert new.register() == UUID_MISMATCH
+        assert "next device" in order(own_server, "reclaim", peer.peer_id)["said"]
+        own_server.restart()
+        assert new.register() == OK
+        assert peer.register() == UUID_MISMATCH
+
+
+def test_forgotten_device_is_unknown(own_server):
+    with Peer(own_server).registered() as peer:
+        assert order(own_server, "forget", peer.peer_id) == {
+            "said": f"{peer.peer_id} is forgotten"}
+        with pytest.raises(NotConnected, match=str(ID_NOT_EXIST)):
+            Initiator(own_server).dial(peer.peer_id)
+        own_server.restart()
+        assert order(own_server, "peers")["rows"] == []
+        assert "no device has" in order(own_server, "forget", peer.peer_id)["fault"]
+
+
+def test_kick_ends_a_route_and_a_session_which_may_come_back(own_server):
+    with LivePeer(own_server) as peer:
+        for name in "number", "id":
+            here = Initiator(own_server, force_relay=True).dial(peer.peer_id)
+            there = peer.next_session()
+            number = order(own_server, "sessions")["rows"][0][0]
+            words = {"number": [str(number)], "id": [peer.peer_id]}[name]
+            ended = {"number": "1 ended", "id": "2 ended"}[name]
+            assert order(own_server, "kick", *words)["said"] == ended
+            assert here.receive() is None and there.receive() is None
+        row, = order(own_server, "peers", peer.peer_id)["rows"]
+        assert row[1] == "offline"
+    with peer.moved() as again:
+        again.registered()
+        assert order(own_server, "peers")["rows"][0][1:4:2] == ["online", "UDP"]
+
+
+@pytest.mark.parametrize("subject", ["id", "network-of-target", "address-of-initiator"])
+def test_refusing_cuts_live_sessions_and_survives_a_restart(own_server, subject):
+    with LivePeer(own_server) as peer:
+        initiator = Initiator(own_server, force_relay=True)
+        here, there = initiator.dial(peer.peer_id), peer.next_session()
+        refused = {"id": peer.peer_id, "address-of-initiator": initiator.ip,
+                   "network-of-target": peer.ip + "/31"}[subject]
+        assert order(own_server, "refuse", refused)["rows"][0][0].startswith(
+            refused.partition("/")[0][:6])
+        assert here.receive() is None and there.receive() is None
+        for _ in range(2):
+            with pytest.raises((NotConnected, AssertionError, OSError)):
+                initiator.dial(peer.peer_id)
+            own_server.restart()
+        (entry,) = order(own_server, "refuse")["rows"][0]
+        assert order(own_server, "allow", entry)["said"] == "1 entries of --allow"
+        assert order(own_server, "refuse")["rows"] == []
+        assert order(own_server, "allow", entry, "-")["rows"] == []
+    with peer.moved() as again:
+        again.registered()
+
+
+def test_address_of_a_refused_network_gets_nothing_over_any_port(own_server):
+    order(own_server, "refuse", "127.0.0.0/8")
+    for name in ("rendezvous", "rendezvous-websocket", "nat-test", "relay",
+                 "relay-websocket"):
+        with TcpLink(own_server.address(name), (next_ip(), 0)) as link:
+            assert link.ended()
+    with Peer(own_server) as peer:
+        peer.tell("register_peer", id=peer.peer_id)
+        own_server.wait_for_log(f"refused, refused-address: {peer.ip}:")
+        assert peer.is_silent()
+
+
+def limit_row(server, name):
+    """What `limits NAME` shows as its number."""
+    return order(server, "limits", name)["rows"][0][1]
+
+
+def test_limit_is_changed_kept_and_returned_to_what_was_configured():
+    with ServerProcess("--limit", "new-ids=7", "--limit", "sessions=9") as server:
+        assert (limit_row(server, "new-ids"), limit_row(server, "sessions")) == (7, 9)
+        status, said = ask_cli(server, "limits", "new-ids", "3")
+        assert status == 0 and re.search(r"(?m)^new-ids +3 +500 +a minute", said)
+        order(server, "limits", "targets", "2")
+        server.restart()
+        assert (limit_row(server, "new_ids"), limit_row(server, "targets")) == (3, 2)
+        assert order(server, "limits", "new-ids", "-")["rows"][0][1] == 7
+        assert limit_row(server, "targets") == 2
+        assert len(order(server, "limits")["rows"]) > len(rustdesk_server.LIMITS)
+
+
+@pytest.mark.parametrize("words, told", [
+    (["no-such", "5"], "no-such=5.*there is no such limit.*`limits` lists them"),
+    (["frame-bytes", "5"], "frame-bytes=5.*fixed.*`limits` lists them"),
+    (["no-such"], "no limit no-such; `limits` lists them"),
+    (["new-ids", "many"], "new-ids=many.*whole number"),
+    (["new-ids", "-5"], "new-ids=-5.*whole number"),
+    (["total-bandwidth", "0"], "total-bandwidth = 0.*above 0")])
+def test_limit_that_cannot_be_is_refused_with_a_sentence_and_changes_nothing(
+        server, words, told):
+    before = order(server, "limits")
+    status, said = ask_cli(server, "limits", *words)
+    assert status == 1 and re.search(told, said), said
+    assert order(server, "limits") == before
+    assert not os.path.exists(server.path("changes.conf"))
+
+
+@pytest.mark.parametrize("arguments, told", [
+    (["--limit", "no-such=5"], r"limit = no-such=5 \(flag --limit\): there is no such "
+                               "limit; the subcommand `limits` lists them"),
+    (["--limit", "new-ids=x"], r"limit = 'new-ids=x' \(flag --limit\): .*whole number"),
+    (["--limit", "frame-bytes=1"], "it is fixed"),
+    (["--exempt", "here"], r"exempt = 'here' \(flag --exempt\): .*network"),
+    (["--refuse", "a/b"], r"refuse = 'a/b' \(flag --refuse\): .*neither an id nor"),
+    (["--enroll", "maybe"], r"enroll = 'maybe' \(flag --enroll\): .*approve or closed"),
+    (["--key-policy", "no"], "key-policy = 'no'.*open, warn or require"),
+    (["--console", "no"], "console = 'no'.*off, read or full"),
+    (["--relay-tickets", "no"], "relay-tickets = 'no'.*on or off")])
+def test_setting_that_cannot_be_ends_the_start_with_a_sentence(arguments, told):
+    ended = run_server("-p", "0", "-b", "127.0.0.1", *arguments)
+    assert ended.returncode == 1 and re.search(told, ended.stdout), ended.stdout
+    assert ended.stdout.count("rustdesk_server: ") == 1
+
+
+def test_subcommand_without_a_server_says_so():
+    for command in "peers", "reload", "limits":
+        ended = run_server(command)
+        assert ended.returncode == 1
+        assert re.fullmatch(r"rustdesk_server: no server runs in /\S+; --directory "
+                            r"names another\n", ended.stdout)
+
+
+def test_both_servers_of_a_directory_are_asked():
+    with ServerProcess(role="hbbs", tickets=True) as rendezvous:
+        with ServerProcess("-k", "", "--drain", "0", role="hbbr",
+                           directory=rendezvous.path("")) as relay:
+            with Peer(rendezvous).registered() as peer:
+                one, other = (relay_link(relay, "session") for _ in range(2))
+                assert are_paired(one, other)
+                _, said = ask_cli(rendezvous, "peers")
+                assert peer.peer_id in said
+                assert ask_cli(rendezvous, "sessions")[1].count("1 sessions") == 1
+                assert ask_cli(rendezvous, "limits", "new-ids", "5")[0] == 0
+                assert [limit_row(each, "new-ids") for each in (rendezvous, relay)] == [
+                    5, 5]
+                status, said = ask_cli(rendezvous, "sessions", "--json")
+                assert status == 0 and json.loads(said)[0]["rows"][0][0] == 1
+
+
+def test_killed_server_leaves_no_door_that_keeps_the_next_one_out(own_server):
+    own_server.kill()
+    assert ask_cli(own_server, "peers")[0] == 1
+    own_server.start()
+    assert ask_cli(own_server, "peers") == (0, "0 devices\n")
+    own_server.terminate()
+    assert not os.path.exists(own_server.path(".both.door"))
+
+
+# -- quotas: each is counted under its own word --
+
+
+def told_of(server, word, since=0):
+    """Wait for the line of a refusal."""
+    return server.wait_for_log(f"refused, {word}: ", since=since)
+
+
+def test_connections_of_an_address_make_room_from_its_oldest_stranger():
+    with ServerProcess("--limit", "strangers-per-address=3") as server:
+        ip = next_ip()
+        links = [TcpLink(server.address("nat-test"), (ip, 0)) for _ in range(4)]
+        assert links[0].ended()
+        told_of(server, "too-many-strangers")
+        for link in links[1:]:
+            assert link.ask("test_nat_request", "test_nat_response").port
+        with TcpLink(server.address("nat-test"), (next_ip(), 0)) as link:
+            assert link.ask("test_nat_request", "test_nat_response").port
+
+
+@pytest.mark.parametrize("limit", ["connections-per-address=2", "connections=2"])
+def test_newcomer_is_refused_where_all_the_others_are_known(limit):
+    with ServerProcess("--limit", limit) as server:
+        ip, links = next_ip(), []
+        for _ in range(2):
+            links.append(TcpLink(server.address("rendezvous"), (ip, 0)))
+            links[-1].tell("hc", token="")
+            links[-1].tell("register_peer", id="123456789")
+            assert links[-1].expect("register_peer_response").request_pk
+        with TcpLink(server.address("rendezvous"), (ip, 0)) as link:
+            assert link.ended()
+        told_of(server, "too-many-connections")
+        links[0].close()
+
+        def admitted():
+            with TcpLink(server.address("rendezvous"), (ip, 0)) as link:
+                link.tell("register_peer", id="123456789")
+                with contextlib.suppress(AssertionError):
+                    return link.expect("register_peer_response")
+
+        wait_until(admitted)
+        links[1].close()
+
+
+def test_exempt_addresses_have_no_quota():
+    with ServerProcess("--limit", "strangers-per-address=1", "--exempt",
+                       "127.0.0.0/8") as server:
+        ip = next_ip()
+        links = [TcpLink(server.address("nat-test"), (ip, 0)) for _ in range(5)]
+        for link in links:
+            assert link.ask("test_nat_request", "test_nat_response").port
+
+
+def test_requests_over_their_quota_are_told_to_be_too_frequent():
+    with ServerProcess("--limit", "requests-per-pair=2", tickets=True) as server:
+        initiator = Initiator(server)
+        answers = []
+        for _ in range(3):
+            with initiator.open() as link:
+                link.send(initiator.punch_request("987654321"))
+                answers.append(link.expect("punch_hole_response").other_failure)
+        assert answers == ["", "", "Too frequent"]
+        with initiator.open() as link:
+            link.tell("request_relay", id="987654321", uuid="u")
+            assert link.expect("relay_response").refuse_reason == "Too frequent"
+        told_of(server, "too-many-requests")
+
+
+def test_registrations_over_their_quotas_are_refused_and_counted():
+    with ServerProcess("--limit", "new-ids=2", "--limit",
+                       "registrations-per-address=1") as server:
+        ip = next_ip()
+        peers = [Peer(server, ip=ip) for _ in range(3)]
+        assert [peer.register() for peer in peers] == [OK, OK, TOO_FREQUENT]
+        told_of(server, "too-frequent")
+        with Peer(server) as other:
+            assert other.register() == TOO_FREQUENT
+        told_of(server, "too-many-new-ids")
+        assert peers[0].register() == OK
+        for peer in peers:
+            peer.socket.close()
+
+
+def test_questions_over_their_quota_end_the_connection():
+    with ServerProcess("--limit", "online-query-bytes=100",
+                       "--limit", "udp-tests-per-address=1") as server:
+        ip = next_ip()
+        with TcpLink(server.address("rendezvous"), (ip, 0)) as link:
+            link.tell("online_request", id="1", peers=["123456789"] * 8)
+            assert link.expect("online_response").states == b"\0"
+            link.tell("online_request", id="1", peers=["123456789"] * 8)
+            assert link.ended()
+        told_of(server, "too-many-queries")
+        with Peer(server, ip=ip) as peer:
+            peer.tell("test_nat_request", serial=1)
+            assert peer.receive("test_nat_response").port
+            peer.tell("test_nat_request", serial=1)
+            server.wait_for_log("refused, too-frequent: UDP tests from")
+            assert peer.is_silent()
+
+
+def test_relay_quotas_are_refused_under_their_own_words():
+    with ServerProcess("--drain", "0", "--limit", "relay-links-per-address=2",
+                       "--limit", "sessions-per-address=1") as server:
+        ip, links = next_ip(), []
+        for name in ("one", "two", "three"):
+            links.append(TcpLink(server.address("relay"), (ip, 0)))
+            links[-1].tell("request_relay", uuid=name)
+        assert links[2].ended() and links[1].is_silent()
+        told_of(server, "too-many-relay-links")
+        one = relay_link(server, "one")
+        assert are_paired(links[0], one)
+        two = relay_link(server, "two")
+        assert two.ended() and links[1].ended()
+        told_of(server, "too-many-sessions")
+
+
+def test_lines_of_a_refusal_are_so_many_a_minute():
+    with ServerProcess("--limit", "log-lines=3") as server:
+        for _ in range(8):
+            with Initiator(server).open() as link:
+                link.send(Initiator(server).punch_request("987654321"))
+                link.expect("punch_hole_response")
+        assert server.log().count("refused, unknown-id: ") == 3
+
+
+# -- keys --
+
+PUBLIC_SERVICE_KEY = "OeVuKk5nlHiXp+APNn0Y3pC1Iwpwn44JGqrQCsWqmBw="
+WRONG_KEYS = {"no-key": "", "public-service-key": PUBLIC_SERVICE_KEY,
+              "wrong-key": "the key of some other server"}
+
+
+def test_wrong_keys_are_told_apart_by_id_and_address_at_the_rendezvous(own_server):
+    with Peer(own_server).registered() as peer:
+        for word, key in WRONG_KEYS.items():
+            initiator = Initiator(own_server, licence_key=key)
+            with pytest.raises(NotConnected, match=str(LICENSE_MISMATCH)):
+                initiator.dial(peer.peer_id)
+            own_server.wait_for_log(
+                rf"refused, {word}: {initiator.ip}:\d+ asked for '{peer.peer_id}'")
+
+
+@pytest.mark.parametrize("policy", ["warn", "open"])
+def test_wrong_keys_are_let_in_with_a_word_or_without_one(policy):
+    with ServerProcess("--key-policy", policy, tickets=True) as server:
+        with LivePeer(server) as peer:
+            for word, key in WRONG_KEYS.items():
+                initiator = Initiator(server, force_relay=True, licence_key=key)
+                dial_and_converse(initiator, peer, "relay")
+                if policy == "warn":
+                    server.wait_for_log(rf"tolerated-{word}: {initiator.ip}:\d+ asked "
+                                        f"for '{peer.peer_id}'")
+                    server.wait_for_log(rf"tolerated-{word}: relay link from "
+                                        rf"{initiator.ip}:\d+ to '{peer.peer_id}'")
+        assert policy == "warn" or "tolerated" not in server.log()
+
+
+def test_target_without_the_key_is_let_in_and_told_of_at_a_relay_with_tickets(
+        own_server):
+    with LivePeer(own_server) as peer:
+        peer.licence_key = PUBLIC_SERVICE_KEY
+        dial_and_converse(Initiator(own_server, force_relay=True), peer, "relay")
+    own_server.wait_for_log("tolerated-public-service-key: relay link from "
+                            rf"{peer.ip}:\d+ for '{peer.peer_id}'")
+
+
+def test_relay_that_requires_the_key_refuses_both_ends_without_it():
+    with ServerProcess("--key-policy", "require", tickets=True) as server:
+        with LivePeer(server) as peer:
+            dial_and_converse(Initiator(server, force_relay=True), peer, "relay")
+        for word, key in WRONG_KEYS.items():
+            with relay_link(server, "u", id=peer.peer_id, licence_key=key) as link:
+                assert link.ended()
+            server.wait_for_log(rf"refused, {word}: relay link from .* to "
+                                f"'{peer.peer_id}'")
+
+
+def test_replaced_key_lets_its_clients_in_unvouched_while_they_are_moved(own_server):
+    old = own_server.public_key
+    status, said = ask_cli(own_server, "rotate-key")
+    assert status == 0 and f"accept-key = {old}" in said
+    new = own_server.public_key
+    assert new != old and new in said and own_server.log().count(old) == 1
+    aside = re.search(r"id_ed25519\.[0-9a-f]{8}\b", said).group()
+    secret = base64.b64decode(own_server.read(aside))
+    assert base64.b64encode(secret[32:]).decode() == old
+    assert {name: stat.S_IMODE(os.stat(own_server.path(name)).st_mode)
+            for name in (aside, "id_ed25519")} == {aside: 0o600, "id_ed25519": 0o600}
+    own_server.restart()
+    with LivePeer(own_server) as peer:
+        with pytest.raises(NotConnected, match=str(LICENSE_MISMATCH)):
+            Initiator(own_server, licence_key=old).dial(peer.peer_id)
+        own_server.write(".env", f"accept-key = {old}\n")
+        order(own_server, "reload")
+        for key, secure in ((old, False), (new, True)):
+            initiator = Initiator(own_server, force_relay=True, licence_key=key)
+            assert dial_and_converse(initiator, peer, "relay").is_secure is secure
+
+
+# -- consoles, directories, users --
+
+
+@pytest.mark.parametrize("arguments, told", [
+    ([], "nothing was changed"), (["--console", "read"], "nothing was changed"),
+    (["--console", "full"], ""),
+    (["--console", "full", "--trusted-proxy", "192.0.2.0/24"], "")])
+def test_console_changes_something_only_where_it_is_let(arguments, told):
+    with ServerProcess(*arguments) as server:
+        assert console(server, "rendezvous", "aur") == "ALWAYS_USE_RELAY: false\n"
+        assert told in console(server, "rendezvous", "aur Y")
+        assert told in console(server, "relay", "tb 5")
+        changed = "true" if not told else "false"
+        assert console(server, "rendezvous", "aur") == f"ALWAYS_USE_RELAY: {changed}\n"
+        server.restart()
+        assert console(server, "rendezvous", "aur") == f"ALWAYS_USE_RELAY: {changed}\n"
+        assert ("read-only: 'aur Y' from" in server.log()) is bool(told)
+
+
+@pytest.mark.parametrize("arguments", [
+    ["--console", "off"], ["--trusted-proxy", "192.0.2.0/24"]])
+def test_console_that_is_off_says_nothing(arguments):
+    with ServerProcess(*arguments) as server:
+        for name in "nat-test", "relay":
+            with TcpLink(server.address(name)) as link:
+                link.send_raw(b"h\n")
+                with pytest.raises(TimeoutError):
+                    link.read(0.5)
+        assert order(server, "always-use-relay", "Y")["said"].endswith("is Y")
+
+
+def test_directory_is_made_for_its_user_alone():
+    with tempfile.TemporaryDirectory() as folder:
+        with ServerProcess("--directory", "new/state", directory=folder) as server:
+            state = os.path.join(folder, "new", "state")
+            assert stat.S_IMODE(os.stat(state).st_mode) == 0o700
+            assert {"id_ed25519", "peers.jsonl", ".both.door"} <= set(os.listdir(state))
+            assert ask_cli(server, "peers", "--directory", state)[0] == 0
+
+
+as_root = pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0,
+                             reason="only root can change its user")
+
+
+def is_public(python):
+    """Whether every user may run this interpreter."""
+    with contextlib.suppress(PermissionError):
+        ended = subprocess.run([python, "-c", "import json"], capture_output=True,
+                               user=65_534, group=65_534, extra_groups=[])
+        return ended.returncode == 0
+    return False
+
+
+@as_root
+def test_server_goes_on_as_another_user_who_gets_its_files():
+    import pwd
+    nobody = pwd.getpwnam("nobody")
+    python = next(filter(is_public, (sys.executable, "/usr/bin/python3")), None)
+    if not python:
+        pytest.skip("every Python here is root's own")
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        directory = os.path.join(folder, "state")
+        os.mkdir(directory, 0o700)
+        with ServerProcess("--user", "nobody", directory=directory,
+                           python=python) as server:
+            with open(f"/proc/{server.process.pid}/status", encoding="ascii") as file:
+                ids = dict(re.findall(r"(?m)^(Uid|Gid|Groups):\s*(.*)$", file.read()))
+            assert ids["Uid"].split() == [str(nobody.pw_uid)] * 4
+            assert ids["Gid"].split() == [str(nobody.pw_gid)] * 4
+            assert "0" not in ids["Groups"].split()
+            with Peer(server).registered():
+                assert ask_cli(server, "limits", "new-ids", "5")[0] == 0
+            for name in "id_ed25519", "peers.jsonl", ".both.door", "changes.conf":
+                assert os.stat(server.path(name)).st_uid == nobody.pw_uid
+            server.restart()
+
+
+@as_root
+def test_user_that_cannot_be_ends_the_start_with_a_sentence():
+    ended = run_server("-p", "0", "--user", "no-such-user")
+    assert (ended.returncode, "user = no-such-user: this system has no such user"
+            in ended.stdout) == (1, True)
+
+
+@as_root
+def test_user_that_cannot_read_this_python_ends_the_start_with_a_sentence():
+    if is_public(sys.executable):
+        pytest.skip("everybody can read this Python")
+    ended = run_server("-p", "0", "-b", "127.0.0.1", "--user", "nobody")
+    assert ended.returncode == 1
+    assert "user = nobody: this user cannot read the Python in /" in ended.stdout
+
+
+# -- bandwidth through real sockets --
+
+
+def relayed_pair(server):
+    """Two ends of a session on a relay without tickets."""
+    session_uuid = os.urandom(16).hex()
+    ends = [relay_link(server, session_uuid) for _ in range(2)]
+    assert are_paired(*ends)
+    return ends
+
+
+def pump(link, until):
+    """Send as much as the relay takes, until then."""
+    link.socket.setblocking(False)
+    sent, data = 0, bytes(65_536)
+    while time.monotonic() < until:
+        if select.select([], [link.socket], [], 0.05)[1]:
+            with contextlib.suppress(BlockingIOError):
+                sent += link.socket.send(data)
+    return sent
+
+
+def drain(link, until):
+    """Take what comes, until then; how much it was."""
+    link.socket.setblocking(False)
+    came = 0
+    while time.monotonic() < until:
+        if select.select([link.socket], [], [], 0.05)[0]:
+            came += len(link.socket.recv(1 << 20))
+    return came
+
+
+def carry(pairs, seconds):
+    """Let the first end of each pair send all it can; what the others got."""
+    until = time.monotonic() + seconds
+    calls = [functools.partial(drain, there, until) for _, there in pairs]
+    calls += [functools.partial(pump, here, until) for here, _ in pairs]
+    return in_parallel(*calls)[:len(pairs)]
+
+
+def test_three_greedy_sessions_get_alike_of_the_total():
+    with ServerProcess("--total-bandwidth", "12", "--drain", "0") as server:
+        pairs = [relayed_pair(server) for _ in range(3)]
+        carry(pairs, 0.5)
+        got = carry(pairs, 3)
+        rate = 12 * 131_072
+        assert max(got) < 1.3 * min(got), got
+        assert 0.6 * rate * 3 < sum(got) < 1.2 * rate * 3, got
+
+
+def test_modest_session_gets_what_it_wants_beside_a_greedy_one():
+    with ServerProcess("--total-bandwidth", "4", "--drain", "0") as server:
+        greedy, (here, there) = relayed_pair(server), relayed_pair(server)
+        until = time.monotonic() + 3
+
+        def chat():
+            turns = 0
+            while time.monotonic() < until:
+                here.send(bytes(2000))
+                assert there.receive() == bytes(2000)
+                turns += 1
+                time.sleep(0.05)
+            return turns
+
+        _, _, turns = in_parallel(functools.partial(pump, greedy[0], until),
+                                  functools.partial(drain, greedy[1], until), chat)
+        assert turns > 20
+
+
+def test_direction_that_nobody_reads_holds_up_no_other():
+    with ServerProcess("--single-bandwidth", "8", "--drain", "0") as server:
+        here, there = relayed_pair(server)
+        pump(here, time.monotonic() + 1.5)  # nobody reads it
+        got = carry([(there, here)], 3)
+        assert got[0] > 131_072 * 8 * 3 * 0.4, got
+
+
+def test_cap_given_at_run_time_takes_effect_and_is_kept():
+    with ServerProcess("--drain", "0") as server:
+        pair = relayed_pair(server)
+        (free,) = carry([pair], 1)
+        assert order(server, "limits", "total-bandwidth", "4")["rows"][0][1] == 4.0
+        carry([pair], 1)
+        (capped,) = carry([pair], 2)
+        assert capped < 2.4 * 4 * 131_072 < free
+        server.restart()
+        assert limit_row(server, "total-bandwidth") == 4.0
+        order(server, "limits", "total-bandwidth", "-")
+        assert limit_row(server, "total-bandwidth") == "none"
 
 
 # == 19. Maintenance ===========================================================
