@@ -9277,6 +9277,8 @@ class Server:
         row = SETTINGS[canonical_name(name)]
         if text is not None:
             try:
+                if not text.isprintable():
+                    raise ValueError("it must be one line of text")
                 value = row.parse(text)
             except ValueError as error:
                 raise ConfigTrouble(f"{row.name} = {text}: {error}") from None
