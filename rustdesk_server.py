@@ -10834,11 +10834,18 @@ def show_replies(replies, as_json):
 def show_table(columns, rows):
     """Print rows below their columns' names, each as wide as it must be."""
     if rows:
-        rows = [list(map(str, row)) for row in [columns, *rows]]
+        rows = [list(map(show_cell, row)) for row in [columns, *rows]]
         widths = [max(map(len, column)) for column in zip(*rows)]
         for row in rows:
             cells = [cell.ljust(width) for cell, width in zip(row, widths)]
             print("  ".join(cells).rstrip())
+
+
+def show_cell(cell):
+    """A cell's text; what a terminal would obey is escaped, since ids that were
+    imported may hold anything."""
+    text = str(cell)
+    return text if text.isprintable() else ascii(text)[1:-1]
 
 
 COMMANDS = {
