@@ -4203,7 +4203,8 @@ def test_id_by_name_counts_more_than_every_id(refuse, allow, refused):
     assert rules.allows_id("some-id") is (allow == "some-id")
 
 
-@pytest.mark.parametrize("text", ["10.0.0.0/33", "with blank", "a\nb", "x/y"])
+@pytest.mark.parametrize("text", [
+    "10.0.0.0/33", "with blank", "a\nb", "x/y", '"quoted"', "it's-me"])
 def test_neither_an_id_nor_a_network_is_in_no_list(text):
     with pytest.raises(ValueError, match="neither an id nor a network"):
         rustdesk_server.parse_subjects(text)
@@ -13447,6 +13448,26 @@ def test_client_behind_a_proxy_meets_on_a_relay_that_asks_for_tickets(ticket_ser
         assert dial_and_converse(initiator, peer, "relay").is_secure
 
 
+class IPv6Initiator(Initiator):
+    """A client that reaches the server by IPv6."""
+
+    def open(self):
+        return TcpLink(self.server.address("rendezvous", "::1"), ("::1", 0))
+
+    def join_relay(self, response, peer_id):
+        link = TcpLink(self.server.address("relay", "::1"), ("::1", 0))
+        link.tell("request_relay", id=peer_id, uuid=response.uuid,
+                  licence_key=self.key())
+        return self.begin(link, "relay", response.pk, peer_id)
+
+
+def test_ipv6_client_meets_an_ipv4_one_on_a_relay_that_asks_for_tickets():
+    if not has_ipv6():
+        pytest.skip("no IPv6 here")
+    with ServerProcess(bind="::", tickets=True) as server, LivePeer(server) as peer:
+        assert dial_and_converse(IPv6Initiator(server), peer, "relay").is_secure
+
+
 def relay_link(server, session_uuid, **fields):
     """A link that asks the relay for a session."""
     link = open_link(server, "relay", "tcp", next_ip())
@@ -13659,6 +13680,14 @@ def test_relay_that_comes_back_is_told_of_sessions_again(ending):
             relay.start()
             wait_for_announcer(rendezvous, since=since)
             relay_a_session(rendezvous, relay)
+
+
+def test_id_server_that_comes_back_tells_its_relay_again():
+    with two_processes() as rendezvous:
+        since = len(rendezvous.log())
+        rendezvous.restart()
+        wait_for_announcer(rendezvous, since=since)
+        relay_a_session(rendezvous, rendezvous.relay)
 
 
 def test_relay_may_start_later_than_its_id_server():
@@ -14013,6 +14042,93 @@ def test_killed_server_leaves_no_door_that_keeps_the_next_one_out(own_server):
     assert ask_cli(own_server, "peers") == (0, "0 devices\n")
     own_server.terminate()
     assert not os.path.exists(own_server.path(".both.door"))
+
+
+@pytest.mark.parametrize("words, told", [
+    (["always-use-relay", "Y\nkey = stolen"], "one line"),
+    (["limits", "total-bandwidth", "5\nkey = stolen"], "one line"),
+    (["relay-servers", "a\nkey = stolen"], "one line"),
+    (["refuse", "some-id\nkey = stolen"], "neither an id nor a network"),
+    (["refuse", "some-id,127.0.0.0/8"], "neither an id nor a network"),
+    (["allow", '"quoted-id"'], "neither an id nor a network")])
+def test_words_at_the_door_make_no_other_setting(server, words, told):
+    assert re.search(told, order(server, *words)["fault"])
+    assert not os.path.exists(server.path("changes.conf"))
+
+
+#: What an id of another server's store may hold, where nobody looked at it.
+WILD_ID = '\x1b]0;x\x07\u202e"it\'s"\n{}'
+
+
+def test_imported_id_is_escaped_on_the_operators_terminal_and_in_the_log(own_server):
+    own_server.terminate()
+    own_server.write("peers.jsonl", rustdesk_server.Peer(
+        WILD_ID, b"device", bytes(32)).to_line())
+    own_server.start()
+    status, said = ask_cli(own_server, "peers")
+    assert status == 0 and len(said.splitlines()) == 3
+    assert said.replace("\n", "").isprintable() and "it's" in said
+    assert order(own_server, "peers")["rows"][0][0] == WILD_ID
+    with Initiator(own_server).open() as link:
+        link.send(Initiator(own_server).punch_request(WILD_ID))
+        assert link.expect("punch_hole_response").failure == OFFLINE
+    assert "is disabled" in order(own_server, "disable", WILD_ID)["said"]
+    own_server.wait_for_log("refused, offline: ")
+    assert own_server.log().replace("\n", "").isprintable()
+
+
+@pytest.mark.parametrize("style", ["text", "json"])
+def test_no_bytes_of_a_stranger_make_a_line_of_the_log_of_their_own(style):
+    evil = "x\n2026-01-01 00:00:00 INFO  registered: \x1b[2J\u202e\u2028\"},{"
+    with ServerProcess("--log-format", style) as server:
+        lines = len(server.log().splitlines())
+        with Peer(server) as peer:
+            peer.register(id=evil)
+            peer.tell("register_pk", id=evil)
+        with Initiator(server).open() as link:
+            link.send(Initiator(server).punch_request(evil))
+            link.expect("punch_hole_response")
+            link.tell("request_relay", id=evil, uuid=evil)
+            link.expect("relay_response")
+        with relay_link(server, "", id=evil) as link:
+            assert link.ended()
+        with TcpLink(server.address("relay"), (next_ip(), 0)) as link:
+            link.send_raw(b"GET /\x1b[2J\xff HTTP/1.1\r\nHost: \x1b\r\n\r\n")
+            reply = link.read_to_end()
+            assert b"\x1b" not in reply and b"\xff" not in reply
+        with TcpLink(server.address("rendezvous")) as link:
+            link.send_raw(b"PROXY TCP4 \x1b[2J \"x\" 1 2\r\n")
+            assert link.ended()
+        server.wait_for_log("bad-proxy-header")
+        log = server.log()
+        assert len(log.splitlines()) == lines + 7, log
+        assert log.replace("\n", "").isprintable() and log.isascii()
+        if style == "json":
+            assert {"time", "level", "text"} == set().union(
+                *map(json.loads, log.splitlines()))
+
+
+def test_datagrams_are_answered_by_no_longer_ones_but_the_test_of_the_nat(own_server):
+    asked = {}
+    with contextlib.ExitStack() as stack:
+        with Peer(own_server, B_ID).registered():
+            for datagram in set(datagrams_of_every_kind()):
+                peer = stack.enter_context(Peer(own_server))
+                asked[peer.socket] = datagram
+                peer.socket.sendto(datagram, own_server.address("rendezvous"))
+            with Peer(own_server) as last:
+                last.register()
+        answered = 0
+        while True:
+            ready = select.select(list(asked), [], [], 0.5)[0]
+            if not ready:
+                break
+            for sock in ready:
+                size, answered = len(sock.recv(65_535)), answered + 1
+                if asked[sock][:2] != b"\xa2\x01":  # TestNatRequest
+                    assert size <= len(asked[sock]), asked[sock]
+                    asked[sock] = asked[sock][size:]  # a second must fit in as well
+        assert answered > 10
 
 
 # -- quotas: each is counted under its own word --
