@@ -10844,8 +10844,7 @@ def show_table(columns, rows):
 def show_cell(cell):
     """A cell's text; what a terminal would obey is escaped, since ids that were
     imported may hold anything."""
-    text = str(cell)
-    return text if text.isprintable() else ascii(text)[1:-1]
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(cell))
 
 
 COMMANDS = {
