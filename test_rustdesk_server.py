@@ -18310,7 +18310,7 @@ def proxy_header(rng):
     return some(changed_bytes, data, rng) if rng.random() < 0.5 else data
 
 
-def ticket_lines(rng):
+def fuzzed_ticket_lines(rng):
     """What an ID server announces to the fuzzed receiver, changed."""
     sender = rustdesk_server.TicketSender(b"s" * 32, b"c" * 32)
     lines = [sender.line("")] + [
@@ -18609,7 +18609,7 @@ PURE_PARTS = {
     "http": (http_head, obey_head),
     "proxy": (proxy_header, obey_proxy),
     "address": (address_bytes, obey_address),
-    "tickets": (ticket_lines, obey_tickets),
+    "tickets": (fuzzed_ticket_lines, obey_tickets),
     "store": (store_text, obey_store),
     "configuration": (config_text, obey_config),
     "backup": (backup_bytes, obey_backup),
