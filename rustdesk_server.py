@@ -6073,6 +6073,9 @@ class Relay:
         self.total = None  # the `Cap` of all sessions together, if there is one
         self.set_total(now)
         self.tickets = limits.table("ticket_seconds")  # session_uuid -> Ticket
+        # Those that ask for the key are a stranger's to make, so they have a
+        # table of their own to fill.
+        self.strange_tickets = limits.table("ticket_seconds")
         self.early = limits.table("early_seconds", "early_links")  # link -> its uuid
         self.waiting = limits.table("partner_seconds", "relay_links")  # uuid -> link
         self.early_at, self.waiting_at, self.sessions_at = Tally(), Tally(), Tally()
@@ -6096,7 +6099,7 @@ class Relay:
         if refusal is not None:
             yield from self.turn_away(link, refusal)
             return
-        ticket = self.tickets.get(request.uuid)
+        ticket = self.ticket(request.uuid)
         if ticket is None and self.asks_tickets:
             yield from self.wait_for_ticket(link, now)
         else:
@@ -6131,11 +6134,16 @@ class Relay:
             yield from self.turn_away(evicted[0], Refusal.NO_TICKET)
         self.early.put(link, link.errand.uuid, now)
 
+    def ticket(self, session_uuid):
+        """A session's ticket, or None."""
+        return self.tickets.get(session_uuid) or self.strange_tickets.get(session_uuid)
+
     def on_ticket(self, session_uuid, ticket, now):
         """The ID server has arranged a session: its links are welcome."""
-        if self.tickets.get(session_uuid) is not None:
+        if self.ticket(session_uuid) is not None:
             return  # arranged before, and perhaps used
-        self.tickets.put(session_uuid, ticket, now)
+        table = self.tickets if ticket.fault_of is None else self.strange_tickets
+        table.put(session_uuid, ticket, now)
         for link in [link for link, (_, uuid) in self.early.entries.items()
                      if uuid == session_uuid]:
             self.leave_early(link)
@@ -6279,6 +6287,7 @@ class Relay:
     def tick(self, now):
         """Once a second: lonely links end, sessions are measured."""
         self.tickets.expire(now)
+        self.strange_tickets.expire(now)
         for link, _ in self.early.expire(now):
             self.early_at.remove(link.place)
             yield from self.turn_away(link, Refusal.NO_TICKET, (
