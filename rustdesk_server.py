@@ -7492,9 +7492,9 @@ class Connection(Link):
                 break
             if self.listener is Listener.RELAY:
                 self.become(State.WAITING, self.read_early)
-            elif self.patience is not None:
+            elif self.patience is not None and payload:
                 self.be_patient(self.server.next_patience)
-            self.served = True
+            self.served = self.served or bool(payload)
             if self.channel is not None:
                 payload = self.channel.open(payload)
             self.server.on_frame(self, payload)
