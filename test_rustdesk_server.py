@@ -7018,6 +7018,17 @@ def test_ticket_is_for_the_session_that_it_names():
     assert len(world.role.early) == 2
 
 
+def test_tickets_of_strangers_push_out_none_of_those_who_were_let_in():
+    world = TicketWorld(limit=(("table-entries", 3),))
+    world.announce()
+    for number in range(9):
+        world.announce(f"stranger's {number}", fault_of=KEY_FAULTS)
+    assert is_pair(world.arrivals(end(), end(B_PLACE)))
+    assert len(world.role.strange_tickets) == 3
+    world.tick(NOW + 60)
+    assert len(world.role.strange_tickets) == len(world.role.tickets) == 0
+
+
 @pytest.mark.parametrize("key", OTHER_KEYS)
 def test_ticket_that_asks_for_the_key_holds_with_it_only(key):
     world, a = TicketWorld(), end()
@@ -14149,6 +14160,24 @@ def test_connections_of_an_address_make_room_from_its_oldest_stranger():
             assert link.ask("test_nat_request", "test_nat_response").port
         with TcpLink(server.address("nat-test"), (next_ip(), 0)) as link:
             assert link.ask("test_nat_request", "test_nat_response").port
+
+
+def test_empty_frames_keep_no_connection_and_make_nobody_known():
+    with ServerProcess("--limit", "first-frame-seconds=2",
+                       "--limit", "strangers-per-address=1") as server:
+        ip = next_ip()
+        with TcpLink(server.address("rendezvous"), (ip, 0)) as link:
+            started = time.monotonic()
+            with contextlib.suppress(ConnectionError):
+                while time.monotonic() < started + 8 and not link.ended(0.3):
+                    link.send(b"")
+            assert time.monotonic() < started + 6
+        told_of(server, "silent")
+        with TcpLink(server.address("rendezvous"), (ip, 0)) as link:
+            link.send(b"")
+            with TcpLink(server.address("rendezvous"), (ip, 0)):
+                assert link.ended(5)
+        told_of(server, "too-many-strangers")
 
 
 @pytest.mark.parametrize("limit", ["connections-per-address=2", "connections=2"])
