@@ -2900,7 +2900,7 @@ class ServerKey:
     def vouches(self, licence_key):
         """Whether peers are vouched for to a client: not to one that still has
         a former key, perhaps a leaked one."""
-        return licence_key not in self.accepted
+        return licence_key == self.required or licence_key not in self.accepted
 
     def sign_identity(self, peer_id, public_key):
         """The signed IdPk that lets an initiator verify a peer; b"" without a
