@@ -5360,7 +5360,8 @@ class Rendezvous:
         if self.config.enroll == "closed" and not self.limits.rules.allows_id(
                 request.id):
             return Result.NOT_SUPPORT, Refusal.NOT_ENROLLED
-        if taken is not None and taken.device_uuid != request.uuid:
+        if (taken is not None and taken.device_uuid != request.uuid
+                and taken.state != RELEASED):
             return Result.ID_EXISTS, Refusal.ID_TAKEN
         return Result.OK, None
 
