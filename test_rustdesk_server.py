@@ -6220,6 +6220,14 @@ def test_who_has_a_former_key_is_let_in_and_nobody_is_vouched_for(key, vouched):
     assert bool(sent.message.pk) is vouched
 
 
+def test_key_in_force_is_no_former_one_even_if_it_is_listed_as_such():
+    world = with_former_key(PUBLIC_TEXT)
+    world.punch(by_link())
+    (sent,) = world.after(world.say(PunchHoleSent(
+        id=B_ID, socket_addr=called(), version="1.4.9"), from_b()))
+    assert sent.message.pk
+
+
 def test_other_keys_are_wrong_while_a_former_one_is_taken():
     world, a = with_former_key(), by_link()
     for key in OTHER_KEYS:
@@ -6400,6 +6408,19 @@ def test_reclaimed_id_stays_with_its_own_device_that_has_a_new_key():
         to_b(ok(), place)]
     assert device_state(world) == ""
     assert world.register(uuid=b"thief", now=NOW + 20)[0] is Refusal.DEVICE_MISMATCH
+
+
+def test_reclaimed_id_may_be_chosen_by_another_device():
+    world, b = World(), by_link(B_PLACE)
+    world.register("chosen-id", by_udp(A_PLACE), uuid=b"lost device")
+    world.register(B_ID, b)
+    change = RegisterPk(old_id=B_ID, id="chosen-id", uuid=DEVICE)
+    assert world.say(change, b) == [
+        Refusal.ID_TAKEN, Send(b.link, refused_pk(Result.ID_EXISTS))]
+    set_state(world, rustdesk_server.RELEASED, "chosen-id")
+    assert world.say(change, b, NOW + 9) == [Send(b.link, ok())]
+    assert device_state(world, "chosen-id") == ""
+    assert world.store.peers["chosen-id"].device_uuid == DEVICE
 
 
 def test_forgotten_id_is_new_again():
