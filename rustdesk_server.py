@@ -6163,6 +6163,8 @@ class Relay:
         """
         if ticket is None:
             return None
+        if self.limits.rules.refuses_id(ticket.peer_id):
+            return Refusal.REFUSED_ID  # since its session was arranged
         if ticket.used:
             return Refusal.TICKET_USED
         if ticket.fault_of is not None and request.id:
