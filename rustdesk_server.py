@@ -10816,6 +10816,8 @@ def ask_door(role, line):
             return []
         except PermissionError:
             return [{"fault": "only the server's user and root may ask it"}]
+        except BlockingIOError:  # others wait at the door already
+            return [{"fault": "the server does not answer"}]
         try:
             sock.sendall(json.dumps(line).encode() + b"\n")
             with sock.makefile("rb") as file:
