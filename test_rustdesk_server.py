@@ -7070,6 +7070,14 @@ def test_initiator_that_names_no_peer_cannot_pass_for_the_target(keys):
     assert is_pair(world.arrivals(*links, licence_key=PUBLIC_TEXT))
 
 
+def test_id_that_is_refused_after_its_session_was_arranged_is_not_reached():
+    world, link = TicketWorld(), end()
+    world.announce()
+    world.config.refuse = (B_ID,)
+    world.role.limits.take(world.config)
+    assert world.come(link) == [Refusal.REFUSED_ID, Close(link)]
+
+
 def test_early_links_have_a_quota_of_their_own():
     world = TicketWorld(limit=(("early-links-per-address", 2), ("early-links", 3)))
     links = [placed_end(A_PLACE) for _ in range(3)]
@@ -14048,6 +14056,22 @@ def test_subcommand_without_a_server_says_so():
         assert ended.returncode == 1
         assert re.fullmatch(r"rustdesk_server: no server runs in /\S+; --directory "
                             r"names another\n", ended.stdout)
+
+
+def test_subcommand_that_is_not_let_in_says_so():
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        path = os.path.join(folder, ".both.door")
+        door = stack.enter_context(socket.socket(socket.AF_UNIX))
+        door.bind(path)
+        door.listen(0)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                visitor = stack.enter_context(socket.socket(socket.AF_UNIX))
+                visitor.setblocking(False)
+                visitor.connect(path)
+        ended = run_server("peers", directory=folder)
+        assert (ended.returncode, ended.stdout) == (
+            1, "rustdesk_server: the server does not answer\n")
 
 
 def test_both_servers_of_a_directory_are_asked():
