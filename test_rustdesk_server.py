@@ -13638,7 +13638,8 @@ class Announcer:
 
 @pytest.fixture(scope="session")
 def lasting_secret_relay():
-    with secret_file() as path, relay_with_secret(path) as relay:
+    with secret_file() as path, relay_with_secret(
+            path, "--limit", "early-seconds=1") as relay:
         yield relay
 
 
@@ -13766,8 +13767,8 @@ def test_relay_that_is_added_at_run_time_is_told_of_sessions():
 
 def test_two_ends_with_different_secrets_say_so():
     with secret_file() as path, secret_file("another secret of length") as wrong:
-        with relay_with_secret(path) as relay, rendezvous_for(
-                [relay], wrong) as rendezvous:
+        with relay_with_secret(path, "--limit", "early-seconds=1") as relay, (
+                rendezvous_for([relay], wrong)) as rendezvous:
             rendezvous.wait_for_log("gets no tickets, so it refuses sessions: .*same "
                                     "--relay-secret")
             relay.wait_for_log("refused, bad-tickets: .*another secret")
