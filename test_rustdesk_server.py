@@ -4220,39 +4220,60 @@ def test_places_are_counted_and_forgotten_at_nothing():
     assert tally == {"a": 1}
 
 
+class Stranger:
+    """A connection of a place, as a crowd sees it."""
+
+    def __init__(self, place):
+        self.place = place
+        self.is_stranger = True
+
+
 def crowd_of(*places, **numbers):
-    """A crowd of strangers, named by their turn, of these places."""
-    crowd = rustdesk_server.Crowd(limits_of(*numbers.items()))
-    for turn, place in enumerate(places):
-        crowd.enter(turn, place)
-    return crowd
+    """A crowd of strangers of these places, and they in their turn."""
+    room = rustdesk_server.ExpiringTable(60.0, 1000)
+    crowd = rustdesk_server.Crowd(limits_of(*numbers.items()), [room])
+    links = [Stranger(place) for place in places]
+    for turn, link in enumerate(links):
+        room.put(link, None, float(turn))
+        crowd.enter(link)
+    return crowd, links
+
+
+def get_known(crowd, link):
+    """A stranger says something valid: it leaves the waiting room."""
+    crowd.waiting_rooms[0].discard(link)
+    crowd.know(link)
 
 
 @pytest.mark.parametrize("numbers, refusal, oldest", [
     ({"connections": 3}, Refusal.TOO_MANY_CONNECTIONS, 0),
     ({"strangers": 3}, Refusal.TOO_MANY_STRANGERS, 0),
     ({"connections_per_address": 2}, Refusal.TOO_MANY_CONNECTIONS, 1),
-    ({"strangers_per_address": 2}, Refusal.TOO_MANY_STRANGERS, 1),
-    ({"connections": 4, "strangers_per_address": 3}, None, None),
-])
+    ({"strangers_per_address": 2}, Refusal.TOO_MANY_STRANGERS, 1)])
 def test_oldest_stranger_makes_room_for_a_newcomer(numbers, refusal, oldest):
-    assert crowd_of("a", "b", "b", **numbers).excess("b") == (refusal, oldest)
+    crowd, links = crowd_of("a", "b", "b", **numbers)
+    assert crowd.excess("b") == (refusal, links[oldest])
+
+
+def test_newcomer_is_welcome_where_there_is_room():
+    crowd, _ = crowd_of("a", "b", "b", connections=4, strangers_per_address=3)
+    assert crowd.excess("b") == (None, None)
 
 
 def test_who_has_said_something_valid_makes_room_for_nobody():
-    crowd = crowd_of("a", "b", "b", connections=3, connections_per_address=2)
-    for link in (0, 1):
-        crowd.know(link)
-    assert crowd.excess("c") == (Refusal.TOO_MANY_CONNECTIONS, 2)
-    crowd.know(2)
+    crowd, links = crowd_of("a", "b", "b", connections=3, connections_per_address=2)
+    for link in links[:2]:
+        get_known(crowd, link)
+    assert crowd.excess("c") == (Refusal.TOO_MANY_CONNECTIONS, links[2])
+    get_known(crowd, links[2])
     assert crowd.excess("c") == (Refusal.TOO_MANY_CONNECTIONS, None)
-    crowd.leave(1, "b")
+    crowd.leave(links[1])
     assert crowd.excess("b") == (None, None)
-    assert (crowd.links, crowd.strangers_at) == ({0, 2}, {})
+    assert (crowd.links, crowd.strangers_at) == ({links[0], links[2]}, {})
 
 
 def test_exempt_places_are_many_without_a_limit_of_their_own():
-    crowd = crowd_of(None, None, None, strangers_per_address=1)
+    crowd, _ = crowd_of(None, None, None, strangers_per_address=1)
     assert crowd.excess(None) == (None, None)
 
 
