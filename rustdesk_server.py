@@ -6124,10 +6124,13 @@ class Relay:
     def wait_for_ticket(self, link, now):
         """A link may be a little ahead of the ID server's word about it."""
         if self.early_at.get(link.place, 0) >= self.limits.early_links_per_address:
-            oldest = next(early for early in self.early.entries
-                          if early.place == link.place)
-            self.leave_early(oldest)
-            yield from self.turn_away(oldest, Refusal.NO_TICKET)
+            oldest = next((early for early in self.early.entries
+                           if early.place == link.place), None)
+            if oldest is not None:
+                self.leave_early(oldest)
+            yield from self.turn_away(oldest or link, Refusal.NO_TICKET)
+            if oldest is None:
+                return
         self.early_at.add(link.place)
         evicted = self.early.evict()
         if evicted is not None:
