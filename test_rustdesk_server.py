@@ -7103,13 +7103,20 @@ def test_early_links_have_a_quota_of_their_own():
     world = TicketWorld(limit=(("early-links-per-address", 2), ("early-links", 3)))
     links = [placed_end(A_PLACE) for _ in range(3)]
     outcomes = [world.come(link, str(i)) for i, link in enumerate(links)]
-    assert outcomes == [[], [], [Refusal.NO_TICKET, Close(links[2])]]
+    assert outcomes == [[], [], [Refusal.NO_TICKET, Close(links[0])]]
     assert world.come(placed_end(B_PLACE), "b") == []
-    assert world.come(placed_end(B_PLACE), "c") == [Refusal.NO_TICKET, Close(links[0])]
+    assert world.come(placed_end(B_PLACE), "c") == [Refusal.NO_TICKET, Close(links[1])]
     assert world.role.early_at == {A_PLACE.ip: 1, B_PLACE.ip: 2}
     world.announce("b")
     assert world.role.early_at == {A_PLACE.ip: 1, B_PLACE.ip: 1}
     assert world.role.waiting_at == {B_PLACE.ip: 1}
+
+
+@pytest.mark.parametrize("link", [RoleLink(Listener.RELAY, A_PLACE, place=place)
+                                  for place in (A_PLACE.ip, None)])
+def test_no_link_may_be_early_where_the_quota_is_none(link):
+    world = TicketWorld(limit=(("early-links-per-address", 0),))
+    assert world.come(link) == [Refusal.NO_TICKET, Close(link)]
 
 
 def placed_end(address):
@@ -18821,7 +18828,8 @@ class BookServer:
         server, relay = self.server, self.server.relay
         crowd = server.crowd
         told = {"held bytes": server.held_bytes, "pending bytes": server.pending_bytes,
-                "links": len(crowd.links), "strangers": len(crowd.strangers),
+                "links": len(crowd.links),
+                "strangers": sum(map(len, crowd.waiting_rooms)),
                 "links by place": len(crowd.links_at), "pipes": len(server.pipes),
                 "strangers by place": len(crowd.strangers_at),
                 "early": len(relay.early), "early by place": len(relay.early_at),
