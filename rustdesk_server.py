@@ -3995,9 +3995,11 @@ class Crowd:
         return min(heads, key=lambda head: head[1][0])[0] if heads else None
 
     def oldest_at(self, place):
-        """The oldest stranger of a place in its waiting room, or None."""
-        return next((link for room in self.waiting_rooms for link in room.entries
-                     if link.place == place), None)
+        """The oldest stranger of a place, or None."""
+        heads = [next(((since, link) for link, (since, _) in room.entries.items()
+                       if link.place == place), None) for room in self.waiting_rooms]
+        return min(filter(None, heads), key=lambda head: head[0],
+                   default=(0.0, None))[1]
 
     def enter(self, link):
         """A stranger has come."""

@@ -4398,6 +4398,21 @@ def test_limits_forget_what_is_over():
     assert list(map(len, tables)) == [1, 1, 1]
 
 
+def test_the_oldest_stranger_of_a_place_goes_whichever_port_it_came_to():
+    """A flood of one port must not make each newcomer at another the oldest."""
+    limits = rustdesk_server.Limits(rustdesk_server.Config())
+    limits.strangers_per_address = 2
+    rooms = [limits.table("first_frame_seconds") for _ in range(2)]
+    crowd = rustdesk_server.Crowd(limits, rooms)
+    links = [rustdesk_server.Link(rustdesk_server.Listener.TCP, Address("192.0.2.1", n),
+                                  place="192.0.2.1") for n in (1, 2)]
+    for link, room, now in zip(links, reversed(rooms), (1.0, 2.0)):
+        room.put(link, None, now)
+        crowd.enter(link)
+    assert crowd.excess("192.0.2.1") == (Refusal.TOO_MANY_STRANGERS, links[0])
+    assert crowd.excess("192.0.2.2") == (None, None)
+
+
 # == 10. Peer store ============================================================
 
 def peer(peer_id="123456789", number=1, ip="198.51.100.7", created=100, seen=200):
@@ -13155,8 +13170,7 @@ class FloodedPeer(LivePeer):
     """B in a flood: what breaks in its threads is told by the times of A."""
 
     def __exit__(self, *exception):
-        self.faults.clear()
-        super().__exit__(*exception)
+        super().__exit__(True, None, None)
 
 
 class FloodWatch:
