@@ -230,7 +230,9 @@ TRANSLATION_BYTES = 64 * 1024
 #: other.
 ACCEPT_BATCH = 16
 DATAGRAM_BATCH = 64
-LISTEN_BACKLOG = 1024
+#: Connections that the system keeps for us: it drops what is more, and who
+#: was dropped knocks again after a second.  Linux takes 4096 by default.
+LISTEN_BACKLOG = 4096
 
 #: TCP keepalive of relayed sessions: a dead end is noticed within 2.5 minutes.
 KEEPALIVE_IDLE_SECONDS, KEEPALIVE_INTERVAL_SECONDS, KEEPALIVE_PROBES = 60, 15, 6

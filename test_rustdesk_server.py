@@ -12906,7 +12906,7 @@ def test_browser_registers_asks_dials_and_relays(open_server, way, tmp_path, req
 #     python3 test_rustdesk_server.py floods [--seconds 10] [--only NAME] [--json]
 
 #: What a flood may leave behind: full tables, and memory that Python keeps.
-FLOOD_GROWTH_KIB = 48 << 10
+FLOOD_GROWTH_KIB = 24 << 10
 
 #: A pair connects in this time whatever the strangers do.
 CONNECT_SECONDS = 1.0
@@ -13357,6 +13357,21 @@ def test_the_oldest_link_ahead_of_its_ticket_makes_room_for_the_newest():
                 time.sleep(0.05)
             assert links[0].ended(2.0)
             assert all(link.is_silent() for link in links[1:])
+
+
+@linux_only
+def test_connections_that_come_at_once_wait_for_their_turn():
+    """What does not fit into the system's queue knocks again after a second."""
+    with open("/proc/sys/net/core/somaxconn", encoding="ascii") as file:
+        if int(file.read()) < 4096:
+            pytest.skip("this system queues less")
+    with ServerProcess() as server, contextlib.ExitStack() as stack:
+        server.process.send_signal(signal.SIGSTOP)
+        stack.callback(server.process.send_signal, signal.SIGCONT)
+        for _ in range(2000):
+            knocking = stack.enter_context(socket.socket())
+            knocking.settimeout(0.5)
+            knocking.connect(server.address("relay"))
 
 
 @needs_root
