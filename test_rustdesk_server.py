@@ -21,6 +21,7 @@
     python3 test_rustdesk_server.py -k relay -x    any arguments of pytest
     python3 test_rustdesk_server.py fuzz --seconds 600 [--seed N]
     python3 test_rustdesk_server.py floods         a benchmark of what strangers do
+    python3 test_rustdesk_server.py bench          measure; see `bench --help`
 
 The sections are those of rustdesk_server.py, in its order, after the harness and
 the clients and before the matrix, the house and the fuzz.  What is tested through
@@ -33,13 +34,16 @@ file needs a C compiler, make, pypy3-dev and protoc.
 """
 
 import argparse
+import array
 import ast
 import base64
+import binascii
 import collections
 import concurrent.futures
 import contextlib
 import errno
 import functools
+import gc
 import glob
 import hashlib
 import hmac
@@ -51,6 +55,7 @@ import os
 import pathlib
 import random
 import re
+import resource
 import select
 import selectors
 import shlex
@@ -71,6 +76,9 @@ import warnings
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 VENV = os.path.join(HERE, ".venv")
+SERVER_FILE = os.path.abspath(
+    os.environ.get("RUSTDESK_SERVER") or os.path.join(HERE, "rustdesk_server.py")
+)
 
 
 # == Setting up ================================================================
@@ -157,9 +165,1283 @@ def run_pytest(arguments):
                       "-c", os.devnull, "--rootdir", HERE, *arguments])
 
 
+# == Bytes =====================================================================
+#
+# What both the simulated clients and the bench put on the wire.
+
+
+def frame(payload):
+    """A payload behind the shortest header that holds its length (protocol 2.1)."""
+    for size in (1, 2, 3, 4):
+        if len(payload) < 1 << (8 * size - 2):
+            return (len(payload) << 2 | size - 1).to_bytes(size, "little") + payload
+    raise ValueError("longer than a frame can be")
+
+
+CONTINUATION, TEXT, BINARY, CLOSE, PING = 0, 1, 2, 8, 9
+
+
+def websocket_frame(opcode, payload, final=True, mask=b"\x11\x22\x33\x44"):
+    """One frame by hand (RFC 6455 5.2); a mask of None leaves it unmasked."""
+    size, bit = len(payload), 0x80 if mask else 0
+    head = bytes([opcode | (0x80 if final else 0)])
+    if size < 126:
+        head += bytes([bit | size])
+    elif size < 1 << 16:
+        head += struct.pack(">BH", bit | 126, size)
+    else:
+        head += struct.pack(">BQ", bit | 127, size)
+    if mask and any(mask):
+        payload = bytes(byte ^ mask[at % 4] for at, byte in enumerate(payload))
+    return head + (mask or b"") + payload
+
+
+HANDSHAKE = (b"GET / HTTP/1.1\r\nHost: s\r\nUpgrade: websocket\r\n"
+             b"Connection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
+             b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n")
+
+
+def varint(number):
+    """A number of a message, seven bits a byte."""
+    data = bytearray()
+    while number > 127:
+        data.append(number & 127 | 128)
+        number >>= 7
+    return bytes(data) + bytes([number])
+
+
+def bare_message(kind, fields):
+    """Message number `kind` with these fields by number, without google.protobuf."""
+    inner = b""
+    for number, value in fields.items():
+        if isinstance(value, int):
+            inner += varint(number << 3) + varint(value)
+        else:
+            value = value.encode() if isinstance(value, str) else value
+            inner += varint(number << 3 | 2) + varint(len(value)) + value
+    return varint(kind << 3 | 2) + varint(len(inner)) + inner
+
+
+def read_varint(data, at):
+    """The number at a place of a message, and what comes behind it."""
+    number = shift = 0
+    while True:
+        number |= (data[at] & 127) << shift
+        at, shift = at + 1, shift + 7
+        if data[at - 1] < 128:
+            return number, at
+
+
+def bare_fields(data):
+    """The fields of a message by number: numbers and bytes."""
+    fields, at = {}, 0
+    while at < len(data):
+        tag, at = read_varint(data, at)
+        value, at = read_varint(data, at)
+        if tag & 7 == 2:
+            value, at = data[at:at + value], at + value
+        fields[tag >> 3] = value
+    return fields
+
+
+# == Floor =====================================================================
+#
+# About the least that Python can do for the same clients: no keys, no limits,
+# no log, nothing bounded, no errors told.  The bench runs this section as a
+# program of its own, so it stands alone; what the server takes more than this
+# is what its rules cost.
+
+FLOOR_IMPORTS = "import base64, gc, hashlib, json, os, re, select, socket, sys"
+
+
+class FloorEnd:
+    """One TCP connection, and the other end of its session."""
+
+    translations = [bytes(value ^ key for value in range(256)) for key in range(256)]
+    relay_uuid = re.compile(rb"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+    key = re.compile(rb"Sec-WebSocket-Key: *(\S+)", re.I)
+    guid = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
+    __slots__ = ("floor", "socket", "fd", "other", "unsent", "consume", "header",
+                 "uuid", "rest", "left", "mask", "window")
+
+    def __init__(self, floor, sock):
+        self.floor, self.socket, self.fd = floor, sock, sock.fileno()
+        self.other = self.uuid = self.header = None
+        self.unsent = self.rest = self.mask = b""
+        self.left, self.window, self.consume = 0, 1 << 20, self.consume_first
+        floor.on_event[self.fd] = self.on_event
+        floor.poll.register(self.fd, select.EPOLLIN)
+
+    def on_event(self, events):
+        if events & select.EPOLLOUT:
+            self.send(b"")
+        if events & ~select.EPOLLOUT:
+            self.read()
+
+    def read(self):
+        try:
+            size = self.socket.recv_into(self.floor.buffer, self.window)
+        except BlockingIOError:
+            return
+        except OSError:
+            size = 0
+        if size:
+            self.consume(self.floor.view[:size])
+        else:
+            self.close()
+
+    def send(self, data):
+        """Send at once; keep what does not fit, and stop the other end's reading."""
+        held = self.unsent
+        if held:
+            data = held + data
+        try:
+            sent = self.socket.send(data)
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            self.close()
+            return
+        if sent < len(data):
+            if not held:
+                self.watch(select.EPOLLIN | select.EPOLLOUT, 0)
+            self.unsent = bytes(data[sent:])
+        elif held:
+            self.unsent = b""
+            self.watch(select.EPOLLIN, select.EPOLLIN)
+
+    def watch(self, own, others):
+        self.floor.poll.modify(self.fd, own)
+        self.floor.poll.modify(self.other.fd, others)
+
+    def consume_raw(self, data):
+        self.other.send(data)
+
+    def unmask(self, payload):
+        """XOR as one integer; from 4 KiB on four translations are faster."""
+        size, mask = len(payload), self.mask
+        if size < 4096:
+            mask = int.from_bytes((mask * (size // 4 + 1))[:size], "little")
+            return (int.from_bytes(payload, "little") ^ mask).to_bytes(size, "little")
+        out, payload = bytearray(size), bytes(payload)
+        for i in range(4):
+            out[i::4] = payload[i::4].translate(self.translations[mask[i]])
+        return out
+
+    def consume_messages(self, data):
+        """Headers are translated as they come, and payloads passed on in pieces."""
+        if self.rest:
+            data, self.rest = memoryview(self.rest + data), b""
+        at, end, out, header = 0, len(data), [], self.other.header
+        while at < end:
+            if self.left:
+                piece = data[at:at + self.left]
+                out.append(self.unmask(piece) if self.mask else piece)
+                at, self.left = at + len(piece), self.left - len(piece)
+                if self.mask:
+                    turn = len(piece) % 4
+                    self.mask = self.mask[turn:] + self.mask[:turn]
+                continue
+            start = self.payload_start(data, at, end)
+            if not start:
+                self.rest = bytes(data[at:])
+                break
+            at = start
+            out.append(header(self.left))
+        if out:
+            self.other.send(b"".join(out))
+
+    def payload_start(self, data, at, end):
+        """Take a header in; where its payload begins, or 0 if it is not whole."""
+        if self.header is frame_header:
+            start = at + (data[at] & 3) + 1
+            if start <= end:
+                self.left = int.from_bytes(data[at:start], "little") >> 2
+            return start if start <= end else 0
+        size = data[at + 1] & 127 if end - at > 1 else 127
+        start = at + (2 if size < 126 else 4 if size == 126 else 10)
+        if start + 4 > end:
+            return 0
+        wide = int.from_bytes(data[at + 2:start], "big")
+        self.left, self.mask = size if size < 126 else wide, bytes(data[start:start + 4])
+        return start + 4
+
+    def consume_first(self, data):
+        """The upgrade, or the first message and what came behind it."""
+        data = bytes(data)
+        if data.startswith(b"GET "):
+            accept = hashlib.sha1(self.key.search(data)[1] + self.guid).digest()
+            self.header = websocket_header
+            self.socket.send(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket"
+                             b"\r\nConnection: Upgrade\r\nSec-WebSocket-Accept: "
+                             + base64.b64encode(accept) + b"\r\n\r\n")
+            return
+        self.mask, is_framed = b"", not self.header
+        self.header = self.header or frame_header
+        start = self.payload_start(data, 0, len(data))
+        payload, early = data[start:start + self.left], data[start + self.left:]
+        payload, self.left = payload if is_framed else bytes(self.unmask(payload)), 0
+        if payload[:1] == b"\x92":
+            self.pair(payload, early, is_framed)
+        else:
+            self.floor.introduce(self, payload)
+
+    def pair(self, request, early, is_framed):
+        self.uuid = self.relay_uuid.search(request)[0]
+        other = self.floor.waiting.pop(self.uuid, None)
+        if other is None:
+            self.floor.waiting[self.uuid], self.rest = self, early
+            self.floor.poll.modify(self.fd, 0)
+            return
+        self.other, other.other = other, self
+        raw = self.header is other.header is frame_header
+        for end in self, other:
+            end.consume = end.consume_raw if raw else end.consume_messages
+            end.window, end.mask = 1 << 20 if raw else 1 << 16, b""
+        self.floor.poll.modify(other.fd, select.EPOLLIN)
+        other.rest, earlier = b"", other.rest
+        for end, data in (other, earlier), (self, early):
+            if data:
+                end.consume(data)
+
+    def close(self):
+        for end in self, self.other:
+            if end is not None and end.fd >= 0:
+                del self.floor.on_event[end.fd]
+                end.fd = -1
+                end.socket.close()
+
+
+def websocket_header(size):
+    if size < 126:
+        return b"\x82" + bytes((size,))
+    wide = (126, 2) if size < 1 << 16 else (127, 8)
+    return b"\x82" + bytes(wide[:1]) + size.to_bytes(wide[1], "big")
+
+
+def frame_header(size):
+    length = 1 if size < 1 << 6 else 2 if size < 1 << 14 else 3 if size < 1 << 22 else 4
+    return (size << 2 | length - 1).to_bytes(length, "little")
+
+
+class Floor:
+    """The process: one TCP and one UDP socket for everything."""
+
+    def __init__(self):
+        self.poll, self.on_event = select.epoll(), {}
+        self.registered = {}  # RegisterPeer datagram -> address
+        self.homes = {}  # peer id -> address
+        self.waiting = {}  # session uuid -> the end that came first
+        self.initiators = {}  # token -> the end that asked
+        self.buffer = bytearray(1 << 20)
+        self.view = memoryview(self.buffer)
+        self.tcp = self.open(socket.SOCK_STREAM, self.on_connections)
+        self.tcp.listen(1024)
+        port = self.tcp.getsockname()[1]
+        self.udp = self.open(socket.SOCK_DGRAM, self.on_datagrams, port)
+
+    def open(self, kind, handler, port=0):
+        sock = socket.socket(socket.AF_INET, kind)
+        sock.bind(("127.0.0.1", port))
+        sock.setblocking(False)
+        self.on_event[sock.fileno()] = handler
+        self.poll.register(sock.fileno(), select.EPOLLIN)
+        return sock
+
+    def on_connections(self, events):
+        try:
+            for _ in range(16):
+                accepted, _ = self.tcp.accept()
+                accepted.setblocking(False)
+                accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                FloorEnd(self, accepted)
+        except BlockingIOError:
+            pass
+
+    def on_datagrams(self, events):
+        receive, send, known = self.udp.recvfrom, self.udp.sendto, self.registered.get
+        try:
+            for _ in range(64):
+                data, address = receive(2048)
+                if known(data) == address:
+                    send(b"\x3a\x00", address)
+                elif data[0] == 0x7A:
+                    self.homes[data[4:4 + data[3]]] = address
+                    send(b"\x82\x01\x00", address)
+                else:
+                    self.registered[data] = address
+                    send(b"\x3a\x00", address)
+        except BlockingIOError:
+            pass
+
+    def introduce(self, end, message):
+        """PunchHoleRequest, or PunchHoleSent: the token is the first field of both."""
+        first = message[4:4 + message[3]]
+        if message[0] == 0x42:
+            token = b"%08x" % end.fd
+            self.initiators[token] = end
+            self.udp.sendto(b"\x4a\x0a\x0a\x08" + token, self.homes[first])
+        else:
+            initiator = self.initiators.pop(first)
+            initiator.socket.send(b"\x38\x5a\x0c\x0a\x0a0123456789")
+
+    def run(self):
+        gc.freeze()
+        gc.disable()
+        while True:
+            for fd, events in self.poll.poll():
+                handler = self.on_event.get(fd)
+                if handler:
+                    handler(events)
+
+
+def run_floor(stored=None):
+    """Say where it listens as the server does, and serve."""
+    peers = {}
+    if stored and os.path.exists(stored):
+        with open(stored, "rb") as file:
+            for line in file:
+                entry = json.loads(line)
+                peers[entry["id"]] = (base64.b64decode(entry["uuid"]),
+                                      base64.b64decode(entry["pk"]), entry["ip"])
+    floor = Floor()
+    for name in ("rendezvous", "relay", "relay-websocket"):
+        print("listening on tcp 127.0.0.1:%d (%s)" % (floor.udp.getsockname()[1], name))
+    print("ready", flush=True)
+    floor.run()
+
+
+# == Bench =====================================================================
+#
+# What the server takes for what it does, on this machine: a server is started
+# as a user would, this process drives it over loopback, and the floor is then
+# driven alike.  It needs this file, the server's and a Python, nothing else.
+#
+# CPU time is the figure to compare: it is what the server's processes took, so
+# it holds on a machine that others use too, and when this process, which is a
+# Python as well, is what limits the rate.
+
+#: The product's limits are for strangers; this is one machine that is many.
+BENCH_LIMITS = ("--exempt", "127.0.0.0/8", *(
+    word for name in ("new-ids", "new-ids-per-day", "peers", "connections", "strangers")
+    for word in ("--limit", f"{name}=2000000")))
+BENCH_START_SECONDS = 300.0  # with all the stored peers, on a small machine
+BENCH_SILENCE_SECONDS = 10.0  # an answer that has not come then is lost
+MEBIBYTE = 1 << 20
+
+RENEWED, CLAIMED = b"\x3a\x00", b"\x82\x01\x00"
+
+
+class BenchTrouble(Exception):
+    """The server, or the floor, did not do what it is measured at."""
+
+
+class Subject:
+    """A server under test, or the floor: its processes, and what they took."""
+
+    def __init__(self, words, directory, is_floor=False):
+        self.words, self.directory, self.is_floor = words, directory, is_floor
+        self.log_path = os.path.join(directory, "bench.log")
+        self.ports, self.public_key = {}, ""
+        self.process = None
+
+    def __enter__(self):
+        self.began = time.perf_counter()
+        with open(self.log_path, "wb") as log:
+            self.process = subprocess.Popen(
+                self.words, cwd=self.directory, stdin=subprocess.DEVNULL, stdout=log,
+                stderr=subprocess.STDOUT, env=bench_environment())
+        try:
+            self.wait_until_ready()
+        except BaseException:
+            self.end()
+            raise
+        return self
+
+    def __exit__(self, *exception):
+        self.end()
+
+    def end(self):
+        """Stop the process, and wait for it."""
+        self.process.terminate()
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+    def wait_until_ready(self):
+        """Wait for the log to say so; its lines say where it listens."""
+        deadline = self.began + BENCH_START_SECONDS
+        while not re.search(r"\bready\b", self.log()):
+            if self.process.poll() is not None or time.perf_counter() > deadline:
+                raise BenchTrouble("did not start:\n" + self.log())
+            time.sleep(0.002)
+        self.start_seconds = time.perf_counter() - self.began
+        self.ports = {name: int(port) for port, name in re.findall(
+            r"listening on tcp \S+:(\d+) \(([\w-]+)\)", self.log())}
+        with contextlib.suppress(FileNotFoundError):  # the floor has none
+            with open(os.path.join(self.directory, "id_ed25519.pub")) as file:
+                self.public_key = file.read().strip()
+
+    def log(self):
+        with open(self.log_path, encoding="utf-8", errors="replace") as file:
+            return file.read(100_000)
+
+    def cpu_seconds(self):
+        """utime + stime of the process, to the clock tick (/proc/PID/stat)."""
+        with open(f"/proc/{self.process.pid}/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def memory_kib(self, name):
+        """VmRSS, or the most there was of it: VmHWM."""
+        with open(f"/proc/{self.process.pid}/status", encoding="ascii") as file:
+            return int(re.search(name + r":\s+(\d+) kB", file.read()).group(1))
+
+
+def bench_environment():
+    """Nothing in it that would configure a server."""
+    return {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "TMPDIR")
+            if name in os.environ}
+
+
+def product_words(*arguments, role=()):
+    """The command line of the server, on free ports of this machine only."""
+    python = shlex.split(os.environ.get("RUSTDESK_PYTHON", "")) or [sys.executable]
+    return [*python, SERVER_FILE, *role, "-p", "0", "-b", "127.0.0.1", *arguments,
+            *BENCH_LIMITS]
+
+
+def floor_words(*arguments):
+    """The command line that runs the section of the floor by itself."""
+    with open(os.path.abspath(__file__), encoding="utf-8") as file:
+        section = re.search(r"(?ms)^# == Floor =.*?(?=^# == )", file.read()).group()
+    program = f"{FLOOR_IMPORTS}\n{section}\nrun_floor(*sys.argv[1:])\n"
+    return [sys.executable, "-c", program, *arguments]
+
+
+class Load:
+    """Tasks that drive a server, and how much of it they have done.
+
+    A task is a generator: it yields (descriptor, events) to be resumed at such
+    an event, and returns once `over` is true and what it began was answered.
+    """
+
+    def __init__(self):
+        self.poll = select.epoll()
+        self.waiting, self.masks, self.resumes = {}, {}, 0  # by descriptor
+        self.running = 0  # tasks that have to come to an end
+        self.over = False
+        self.done = self.owed = 0  # operations; bytes still to come
+        self.latencies = array.array("d")
+        self.pace = lambda: 1.0  # does what is due, returns the seconds to the next
+
+    def begin(self, task, lasts=True):
+        """Run a task; one that does not last may be left behind waiting."""
+        self.running += lasts
+        self.step(self.ending(task) if lasts else task)
+
+    def ending(self, task):
+        yield from task
+        self.running -= 1
+
+    def step(self, task):
+        """Run a task up to what it waits for next."""
+        wanted = next(task, None)
+        if wanted is None:
+            return
+        descriptor, mask = wanted
+        if self.masks.get(descriptor) != mask:
+            change = self.poll.modify if descriptor in self.masks else self.poll.register
+            change(descriptor, mask)
+            self.masks[descriptor] = mask
+        self.waiting[descriptor] = task
+
+    def close(self, sock):
+        """Close a socket, whose descriptor another one will get."""
+        self.masks.pop(sock.fileno(), None)
+        sock.close()
+
+    def turn(self):
+        """Wait for events, and resume who waits for them."""
+        for descriptor, _ in self.poll.poll(max(0.0, self.pace())):
+            self.resumes += 1
+            task = self.waiting.pop(descriptor, None)
+            if task is not None:
+                self.step(task)
+            elif descriptor in self.masks:
+                del self.masks[descriptor]
+                self.poll.unregister(descriptor)
+
+    def note(self, began):
+        """An operation is done that began then."""
+        self.done += 1
+        self.latencies.append(time.perf_counter() - began)
+
+    def run(self, seconds):
+        """Go on for so long."""
+        until = time.perf_counter() + seconds
+        while time.perf_counter() < until and self.running:
+            self.turn()
+
+    def finish(self):
+        """Begin nothing more, and wait for what is under way."""
+        self.over, resumes, heard = True, self.resumes, time.perf_counter()
+        while self.running or self.owed:
+            self.turn()
+            if self.resumes != resumes:
+                resumes, heard = self.resumes, time.perf_counter()
+            elif time.perf_counter() - heard > BENCH_SILENCE_SECONDS:
+                raise BenchTrouble(f"{self.running} tasks, {self.owed} bytes unanswered")
+
+
+class Measured:
+    """What one phase came to: operations, CPU, rate, latencies, memory.
+
+    Latencies and rate are of the given seconds; CPU and operations go on until
+    what was begun in them has been answered.
+    """
+
+    def __init__(self, subjects):
+        self.subjects = subjects
+        self.rss_before = self.memory_kib("VmRSS")
+        self.each_bytes = None
+
+    def memory_kib(self, name):
+        return sum(subject.memory_kib(name) for subject in self.subjects)
+
+    def mark(self, load):
+        """The measured phase begins."""
+        load.latencies = array.array("d")
+        self.before = [subject.cpu_seconds() for subject in self.subjects]
+        self.done, self.began = load.done, time.perf_counter()
+
+    def while_it_lasts(self, load, seconds):
+        """Measure tasks that have begun, for some time."""
+        load.run(seconds / 4)  # not counted
+        self.mark(load)
+        load.run(seconds)
+        self.rate = (load.done - self.done) / (time.perf_counter() - self.began)
+        load.finish()
+        return self.take(load)
+
+    def to_the_end(self, load, tasks):
+        """Measure tasks that end by themselves."""
+        self.mark(load)
+        for task in tasks:
+            load.begin(task)
+        load.finish()
+        self.rate = (load.done - self.done) / (time.perf_counter() - self.began)
+        return self.take(load)
+
+    def take(self, load):
+        seconds = time.perf_counter() - self.began
+        after = [subject.cpu_seconds() for subject in self.subjects]
+        self.shares = [late - early for late, early in zip(after, self.before)]
+        self.operations = load.done - self.done
+        self.cpu = sum(self.shares)
+        self.busy = self.cpu / seconds
+        self.latencies = sorted(load.latencies)
+        self.rss_kib = self.memory_kib("VmHWM")
+        return self
+
+    def with_memory_each(self):
+        """What each operation has left in memory."""
+        grown = self.memory_kib("VmRSS") - self.rss_before
+        self.each_bytes = 1024 * grown / self.operations
+        return self
+
+    def percentile_us(self, share):
+        """The latency that this share of the operations did not exceed."""
+        if not self.latencies:
+            return None
+        at = min(len(self.latencies) - 1, int(len(self.latencies) * share))
+        return 1e6 * self.latencies[at]
+
+    def as_fields(self):
+        """The columns, by the names of the JSON output."""
+        return {
+            "operations": round(self.operations, 1),
+            "cpu_us": 1e6 * self.cpu / self.operations, "rate": self.rate,
+            "busy": self.busy, "p50_us": self.percentile_us(0.5),
+            "p99_us": self.percentile_us(0.99), "p999_us": self.percentile_us(0.999),
+            "rss_kib": self.rss_kib, "each_bytes": self.each_bytes}
+
+
+# -- what the clients do --
+
+
+BENCH_SOURCES = itertools.cycle([f"127.0.1.{last}" for last in range(1, 33)])
+IP_BIND_ADDRESS_NO_PORT = 24  # linux/in.h: a port is found when connecting
+
+
+def bench_connect(port):
+    """A connection from one of several addresses, so that ports do not run out."""
+    sock = socket.socket()
+    sock.setsockopt(socket.IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, 1)
+    sock.bind((next(BENCH_SOURCES), 0))
+    sock.connect(("127.0.0.1", port))
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO,
+                    struct.pack("@ll", int(BENCH_SILENCE_SECONDS), 0))
+    return sock
+
+
+class BenchEnd:
+    """One end of a relayed session, over TCP or WebSocket."""
+
+    def __init__(self, subject, kind, relay_uuid):
+        self.is_websocket = kind == "ws"
+        self.sock = bench_connect(
+            subject.ports["relay-websocket" if self.is_websocket else "relay"])
+        if self.is_websocket:
+            self.sock.sendall(HANDSHAKE)
+            answer = b""
+            while not answer.endswith(b"\r\n\r\n"):
+                answer += self.sock.recv(4096)
+        self.reading = self.sock.fileno(), select.EPOLLIN
+        request = {2: relay_uuid, 6: subject.public_key}
+        self.sock.sendall(self.outgoing(bare_message(18, request)))
+
+    def outgoing(self, payload, mask=b"\x5a\x17\xc3\x88"):
+        """A message as this end sends it."""
+        if self.is_websocket:
+            return websocket_frame(BINARY, payload, mask=mask)
+        return frame(payload)
+
+    def incoming_bytes(self, size):
+        """How long a message with a payload of that size is when it comes."""
+        payload = bytes(size)
+        return len(websocket_frame(BINARY, payload, mask=None) if self.is_websocket
+                   else frame(payload))
+
+    def receive_exactly(self, count):
+        while count:
+            data = self.sock.recv(count)
+            if not data:
+                raise BenchTrouble("a session was refused")
+            count -= len(data)
+
+
+def new_relay_uuid():
+    text = os.urandom(16).hex()
+    return "-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:]))
+
+
+def open_session(subject, kinds=("tcp", "tcp"), relay_uuid=None):
+    """A session that has carried a byte each way; its two ends."""
+    relay_uuid = relay_uuid or new_relay_uuid()
+    first, second = (BenchEnd(subject, kind, relay_uuid) for kind in kinds)
+    for sender, receiver in (second, first), (first, second):
+        sender.sock.sendall(sender.outgoing(b"."))
+        receiver.receive_exactly(receiver.incoming_bytes(1))
+    return first, second
+
+
+def unframed(data):
+    """The fields of the message in a frame."""
+    return bare_fields(data[(data[0] & 3) + 1:])
+
+
+def claim_of(peer_id):
+    """The RegisterPk of an id, whose uuid and key are its own."""
+    key = hashlib.sha256(peer_id.encode()).digest()
+    return bare_message(15, {1: peer_id, 2: key[:16], 3: key})
+
+
+def renewal_of(peer_id):
+    return bare_message(6, {1: peer_id, 2: 3})
+
+
+def open_udp(subject):
+    sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    sock.connect(("127.0.0.1", subject.ports["rendezvous"]))
+    return sock
+
+
+def register_ids(load, sock, ids):
+    """RegisterPk and RegisterPeer for one id after the other."""
+    wait = sock.fileno(), select.EPOLLIN
+    for peer_id in ids:
+        began, asked = time.perf_counter(), False
+        sock.send(claim_of(peer_id))
+        yield wait
+        while sock.recv(64) != RENEWED:
+            if not asked:
+                sock.send(renewal_of(peer_id))
+            asked = True
+            yield wait
+        load.note(began)
+
+
+def renew_ids(load, sock, ids):
+    """RegisterPeer for one id after the other, over and over."""
+    wait = sock.fileno(), select.EPOLLIN
+    datagrams = itertools.cycle([renewal_of(peer_id) for peer_id in ids])
+    while not load.over:
+        began = time.perf_counter()
+        sock.send(next(datagrams))
+        yield wait
+        if sock.recv(64) != RENEWED:
+            raise BenchTrouble("a heartbeat was not answered as one")
+        load.note(began)
+
+
+def punch(load, subject, peer_id, peer):
+    """A asks for B, B is called and answers, A is told: as in protocol 5.4."""
+    port, called = subject.ports["rendezvous"], (peer.fileno(), select.EPOLLIN)
+    request = frame(bare_message(8, {1: peer_id, 2: 1, 3: subject.public_key}))
+    while not load.over:
+        began = time.perf_counter()
+        initiator = bench_connect(port)
+        initiator.send(request)
+        yield called
+        token = bare_fields(bare_fields(peer.recv(2048))[9])[1]
+        answering = bench_connect(port)
+        answering.send(frame(bare_message(10, {1: token, 2: peer_id, 4: 1})))
+        answering.close()
+        yield initiator.fileno(), select.EPOLLIN
+        answer = unframed(initiator.recv(4096))
+        if not bare_fields(answer[11]).get(1):
+            raise BenchTrouble("the initiator was told a failure")
+        load.close(initiator)
+        load.note(began)
+
+
+def set_up(load, subject):
+    """Both ends ask for a session, a byte each way, A hangs up, B is hung up on."""
+    while not load.over:
+        began, relay_uuid = time.perf_counter(), new_relay_uuid()
+        first = BenchEnd(subject, "tcp", relay_uuid)
+        second = BenchEnd(subject, "tcp", relay_uuid)
+        second.sock.send(frame(b"."))
+        yield first.reading
+        first.sock.recv(64)
+        first.sock.send(frame(b"."))
+        yield second.reading
+        second.sock.recv(64)
+        load.close(first.sock)
+        yield second.reading
+        if second.sock.recv(64):
+            raise BenchTrouble("more came than was sent")
+        load.close(second.sock)
+        load.note(began)
+
+
+#: The size of a message in bulk, about that of a file transfer's.
+STREAMED_BYTES = 1 << 16
+
+
+def stream(load, sender, receiver):
+    """Send as fast as the other end takes it, up to the end of a message."""
+    masks = [bytes([i, 3 * i, 91, i ^ 85]) for i in range(1, 17)]
+    payload = bytes(range(256)) * (STREAMED_BYTES // 256)
+    block = memoryview(b"".join(sender.outgoing(payload, mask) for mask in masks))
+    each, at, crossing = len(block) // 16, 0, receiver.incoming_bytes(STREAMED_BYTES)
+    sock = sender.sock.dup()
+    wait = sock.fileno(), select.EPOLLOUT
+    sock.setblocking(False)
+    while not load.over or at % each:
+        yield wait
+        before = at // each
+        with contextlib.suppress(BlockingIOError):
+            at += sock.send(block[at:])
+        load.owed += (at // each - before) * crossing
+        at %= len(block)
+    load.close(sock)
+
+
+def drain(load, end):
+    """Take what comes; only its length counts, so the kernel may drop it."""
+    buffer, flags = bytearray(MEBIBYTE), socket.MSG_TRUNC
+    while True:
+        yield end.reading
+        size = end.sock.recv_into(buffer, MEBIBYTE, flags)
+        if not size:
+            raise BenchTrouble("a session ended under way")
+        load.owed -= size
+        load.done += size / 1e6
+
+
+def ping(load, end, size):
+    """A message, its echo, the next one."""
+    message, expected = end.outgoing(bytes(size)), end.incoming_bytes(size)
+    while not load.over:
+        began, left = time.perf_counter(), expected
+        end.sock.send(message)
+        while left:
+            yield end.reading
+            left -= len(end.sock.recv(left))
+        load.note(began)
+
+
+def echo(load, end, size):
+    """The other end of `ping`."""
+    message, expected = end.outgoing(bytes(size)), end.incoming_bytes(size)
+    while True:
+        left = expected
+        while left:
+            yield end.reading
+            left -= len(end.sock.recv(left))
+        end.sock.send(message)
+
+
+PACED_BYTES, PACED_RATE = 4096, 30
+
+
+class Pace:
+    """Messages at times that are fixed beforehand, over all sessions in turn.
+
+    A message's latency counts from its time, however late it was sent, so a
+    stall of the server shows, and so does one of this process.
+    """
+
+    def __init__(self, load, pairs):
+        self.load, self.count = load, len(pairs)
+        self.interval = 1 / (PACED_RATE * len(pairs))
+        self.senders = [(second.sock, second.outgoing(bytes(PACED_BYTES)))
+                        for _, second in pairs]
+        self.sent, self.began = 0, time.perf_counter()
+        self.each = pairs[0][0].incoming_bytes(PACED_BYTES)
+        for number, (first, _) in enumerate(pairs):
+            load.begin(self.take(number, first), lasts=False)
+        load.running += 1  # as long as it lasts
+
+    def due(self):
+        """Send what is due; the seconds to the next message."""
+        if self.load.over:
+            self.load.running = 0
+            return 0.1
+        wanted = int((time.perf_counter() - self.began) / self.interval)
+        for number in range(self.sent, wanted):
+            sock, message = self.senders[number % self.count]
+            sock.sendall(message)
+            self.load.owed += self.each
+        self.sent = max(self.sent, wanted)
+        after = self.began + (self.sent + 1) * self.interval
+        return max(0.001, after - time.perf_counter())
+
+    def take(self, number, end):
+        """Take the messages of one session, and time each."""
+        came = 0
+        while True:
+            yield end.reading
+            size = len(end.sock.recv(MEBIBYTE))
+            self.load.owed -= size
+            for at in range(came // self.each, (came + size) // self.each):
+                due = (at * self.count + number + 1) * self.interval
+                self.load.note(self.began + due)
+            came += size
+
+
+# -- the workloads --
+
+
+class Side:
+    """How to start servers of one kind, the product or the floor, for a workload."""
+
+    def __init__(self, stack, options, is_floor):
+        self.stack, self.options, self.is_floor = stack, options, is_floor
+
+    def directory(self):
+        return self.stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-"))
+
+    def start(self, *arguments, role=(), directory=None, stored=()):
+        """A running server; arguments and role are the product's."""
+        arguments = arguments or ("--relay-tickets", "off")
+        words = floor_words(*stored) if self.is_floor else product_words(
+            *arguments, role=role)
+        subject = Subject(words, directory or self.directory(), self.is_floor)
+        return self.stack.enter_context(subject)
+
+    def number(self, of):
+        """So many of what there are many of, as --scale says."""
+        return max(1, int(of * self.options.scale))
+
+    def measure(self, load, *subjects):
+        return Measured(subjects).while_it_lasts(load, self.options.seconds)
+
+
+BenchRow = collections.namedtuple("BenchRow", "name operation measured")
+WORKLOADS = {}  # name -> (what it is, function of a Side that gives BenchRows)
+
+
+def workload(name, text):
+    def enter(function):
+        WORKLOADS[name] = text, function
+        return function
+    return enter
+
+
+@workload("start", "from the command to `ready`, in a new directory and again there")
+def bench_start(side):
+    directory = side.directory()
+    for name in ("start-first", "start"):
+        subject = side.start(directory=directory)
+        yield BenchRow(name, "start", started(subject))
+        subject.end()
+
+
+def started(subject, operations=1):
+    """What a start came to, measured from the command on."""
+    load, measured = Load(), Measured([subject])
+    measured.mark(load)
+    measured.before, measured.began = [0.0], subject.began
+    load.done, load.latencies = operations, array.array("d", [subject.start_seconds])
+    measured.rate = operations / subject.start_seconds
+    return measured.take(load)
+
+
+@workload("stored", "start with 1,000,000 stored peers, or as many as memory allows")
+def bench_stored(side):
+    count = min(side.number(1_000_000), available_bytes() // 4096)
+    directory = side.directory()
+    path = os.path.join(directory, "peers.jsonl")
+    with open(path, "w", encoding="ascii") as file:
+        file.writelines(map(stored_line, range(count)))
+    subject = side.start(directory=directory, stored=(path,))
+    measured = started(subject, count)
+    measured.each_bytes = 1024 * subject.memory_kib("VmRSS") / count
+    yield BenchRow(f"start with {count:,} stored peers", "stored peer", measured)
+
+
+def available_bytes():
+    with open("/proc/meminfo", encoding="ascii") as file:
+        return 1024 * int(re.search(r"MemAvailable:\s+(\d+)", file.read()).group(1))
+
+
+def stored_line(number, now=int(time.time())):
+    """A line of peers.jsonl as the server writes it."""
+    key = hashlib.sha256(b"%d" % number).digest()
+    texts = [base64.b64encode(value).decode() for value in (key[:16], key)]
+    text = ('{"id":"%d","uuid":"%s","pk":"%s","ip":"198.51.100.%d","created":%d,'
+            '"seen":%d' % (100_000_000 + number, *texts, number % 256,
+                           now - 200_000, now - 3600))
+    return '%s,"check":"%08x"}\n' % (text, binascii.crc32(text.encode()))
+
+
+@workload("heartbeats", "register 100,000 ids, then renew them as they do every 15 s")
+def bench_heartbeats(side):
+    subject = side.start()
+    ids = ["%d" % (200_000_000 + number) for number in range(side.number(100_000))]
+    socks = [open_udp(subject) for _ in range(min(64, len(ids)))]
+    shares = [ids[number::len(socks)] for number in range(len(socks))]
+    load = Load()
+    registering = [register_ids(load, *each) for each in zip(socks, shares)]
+    measured = Measured([subject]).to_the_end(load, registering).with_memory_each()
+    yield BenchRow(f"register {len(ids):,} ids", "registration", measured)
+    load = Load()
+    for sock, share in zip(socks, shares):
+        load.begin(renew_ids(load, sock, share))
+    yield BenchRow("heartbeats", "heartbeat", side.measure(load, subject))
+    for sock in socks:
+        sock.close()
+
+
+@workload("punch", "A asks for B, B is called and answers, A is told; 64 at a time")
+def bench_punch(side):
+    subject = side.start()
+    ids = ["%d" % (300_000_000 + number) for number in range(64)]
+    socks = [open_udp(subject) for _ in ids]
+    load = Load()
+    for peer_id, sock in zip(ids, socks):
+        Measured([subject]).to_the_end(load, [register_ids(load, sock, [peer_id])])
+    load = Load()
+    for peer_id, sock in zip(ids, socks):
+        load.begin(punch(load, subject, peer_id, sock))
+    yield BenchRow("punch", "exchange", side.measure(load, subject))
+
+
+@workload("setup", "relay set-up, a byte each way, hang up; 16 at a time")
+def bench_setup(side):
+    subject, load = side.start(), Load()
+    for _ in range(16):
+        load.begin(set_up(load, subject))
+    yield BenchRow("setup", "session", side.measure(load, subject))
+
+
+def bulk_workload(name, count, kinds=("tcp", "tcp"), both=False):
+    way = "each way" if both else "one way"
+    text = f"relay bulk, {'-'.join(kinds)}, sessions {way}: {count}"
+
+    @workload(name, text)
+    def bench_bulk(side):
+        subject = side.start()
+        pairs = [open_session(subject, kinds) for _ in range(count)]
+        measured = side.measure(streams(pairs, both), subject)
+        yield BenchRow(name, "MB", measured)
+
+
+def streams(pairs, both=False):
+    """The load that fills sessions, from their second ends to their first, or
+    each way."""
+    load = Load()
+    for first, second in pairs:
+        for sender, receiver in ((second, first), (first, second))[:1 + both]:
+            load.begin(drain(load, receiver), lasts=False)
+            load.begin(stream(load, sender, receiver))
+    return load
+
+
+def rtt_workload(name, count, kinds=("tcp", "tcp")):
+    @workload(name, f"relayed round trips of 100 bytes, {'-'.join(kinds)}, "
+              f"sessions: {count}")
+    def bench_rtt(side):
+        subject, load = side.start(), Load()
+        for first, second in [open_session(subject, kinds) for _ in range(count)]:
+            load.begin(echo(load, second, 100), lasts=False)
+            load.begin(ping(load, first, 100))
+        yield BenchRow(name, "round trip", side.measure(load, subject))
+
+
+for bulk in ((1, False), (10, False), (100, False), (1, True), (10, True), (100, True)):
+    bulk_workload("bulk-%d%s" % (bulk[0], "-both" * bulk[1]), bulk[0], both=bulk[1])
+rtt_workload("rtt-1", 1)
+rtt_workload("rtt-64", 64)
+
+
+@workload("paced", "500 sessions that carry 30 messages of 4 KiB a second each")
+def bench_paced(side):
+    subject, load = side.start(), Load()
+    pairs = [open_session(subject) for _ in range(affordable_pairs(side.number(500)))]
+    load.pace = Pace(load, pairs).due
+    yield BenchRow(f"paced-{len(pairs)}", "message", side.measure(load, subject))
+
+
+for mixture, kinds in ("ws", ("ws", "ws")), ("mixed", ("ws", "tcp")):
+    bulk_workload(f"{mixture}-bulk", 10, kinds)
+    rtt_workload(f"{mixture}-rtt", 64, kinds)
+
+
+def affordable_pairs(wanted):
+    """So many pairs, or as many as this process may have descriptors for."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return max(1, min(wanted, hard // 2 - 50))
+
+
+def idle_workload(name, kinds):
+    @workload(name, f"1,000 sessions that do nothing, {'-'.join(kinds)}")
+    def bench_idle(side):
+        subject, load, kept = side.start(), Load(), []
+        count = affordable_pairs(side.number(1000))
+        kept += [open_session(subject, kinds) for _ in range(10)]  # what all share
+        opening = open_idle(load, subject, kinds, count, kept)
+        measured = Measured([subject]).to_the_end(load, [opening])
+        row_name = f"{count:,} {name} sessions"
+        yield BenchRow(row_name, "session", measured.with_memory_each())
+
+
+def open_idle(load, subject, kinds, count, kept):
+    """Open sessions one by one, and keep them."""
+    for _ in range(count):
+        began = time.perf_counter()
+        kept.append(open_session(subject, kinds))
+        load.note(began)
+    yield from ()
+
+
+idle_workload("idle", ("tcp", "tcp"))
+idle_workload("ws-idle", ("ws", "ws"))
+
+
+class TwoRelays:
+    """An ID server and two relays that take its tickets."""
+
+    def __init__(self, side):
+        secret = os.path.join(side.directory(), "relay.secret")
+        with open(secret, "w", encoding="ascii") as file:
+            file.write(os.urandom(24).hex())
+        shared = ("--relay-secret", secret)
+        self.relays = [side.start(*shared, role=("hbbr",)) for _ in range(2)]
+        self.by_name = {f"127.0.0.1:{relay.ports['relay']}": relay
+                        for relay in self.relays}
+        self.server = side.start("--relay-servers", ",".join(self.by_name), *shared,
+                                 role=("hbbs",))
+        for relay in self.relays:
+            relay.public_key = self.server.public_key
+        self.wait_for_tickets()
+
+    def wait_for_tickets(self):
+        deadline = time.perf_counter() + BENCH_SILENCE_SECONDS
+        while self.server.log().count("takes our sessions only") < 2:
+            if time.perf_counter() > deadline:
+                raise BenchTrouble("the relays take no tickets:\n" + self.server.log())
+            time.sleep(0.01)
+
+    @property
+    def subjects(self):
+        return [self.server, *self.relays]
+
+    def arrange(self, peer_id, peer):
+        """A asks for B and relays (protocol 5.6); gives the relay and the uuid."""
+        port, relay_uuid = self.server.ports["rendezvous"], new_relay_uuid()
+        with bench_connect(port) as initiator:
+            initiator.send(frame(bare_message(8, {
+                1: peer_id, 2: 2, 3: self.server.public_key, 8: 1})))
+            yield peer.fileno(), select.EPOLLIN
+            hole = bare_fields(bare_fields(peer.recv(2048))[9])
+            with bench_connect(port) as answering:
+                answering.send(frame(bare_message(19, {
+                    1: hole[1], 2: relay_uuid, 3: hole[2].decode(), 4: peer_id})))
+                yield initiator.fileno(), select.EPOLLIN
+            answer = initiator.recv(4096)
+        told = bare_fields(unframed(answer)[19])
+        return self.by_name[told[3].decode()], told[2].decode()
+
+    def sessions(self, load, peer_id, peer):
+        """One arranged session after the other, each of a byte each way."""
+        while not load.over:
+            began = time.perf_counter()
+            relay, relay_uuid = yield from self.arrange(peer_id, peer)
+            for end in open_session(relay, relay_uuid=relay_uuid):
+                end.sock.close()
+            load.note(began)
+
+
+def at_once(task):
+    """Run a task whose sockets block by themselves; what it returns."""
+    while True:
+        try:
+            next(task)
+        except StopIteration as ended:
+            return ended.value
+
+
+@workload("two-relays", "an ID server and two relays with tickets: sessions, and bulk "
+          "over 10 of them")
+def bench_two_relays(side):
+    if side.is_floor:
+        relays = [side.start(), side.start()]
+        pairs = [open_session(relays[number % 2]) for number in range(10)]
+    else:
+        group = TwoRelays(side)
+        relays = group.relays
+        with open_udp(group.server) as peer:
+            at_once(register_ids(Load(), peer, ["400000000"]))
+            load = Load()
+            load.begin(group.sessions(load, "400000000", peer))
+            measured = side.measure(load, *group.subjects)
+            yield BenchRow("two-relays", "arranged session", measured)
+            arranged = [at_once(group.arrange("400000000", peer)) for _ in range(10)]
+            pairs = [open_session(relay, relay_uuid=name) for relay, name in arranged]
+    measured = side.measure(streams(pairs), *relays)
+    yield BenchRow("two-relays-bulk", "MB", measured)
+
+
+# -- the table --
+
+
+def bench_arguments(arguments):
+    parser = argparse.ArgumentParser(
+        prog="test_rustdesk_server.py bench",
+        description="Measure what the server takes, beside the least that a Python "
+        "takes for the same clients.  All load stays on loopback.")
+    parser.add_argument("workload", nargs="*", help="those of --list; all if none")
+    parser.add_argument("--list", action="store_true", help="what there is to measure")
+    parser.add_argument("--json", action="store_true", help="one JSON object a row")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of each phase (2)")
+    parser.add_argument("--repeat", type=int, default=1, help="rounds; the one that "
+                        "took least CPU is shown (1)")
+    parser.add_argument("--scale", type=float, default=1.0, help="a share of the ids, "
+                        "stored peers and idle sessions, for little memory (1.0)")
+    options = parser.parse_args(arguments)
+    unknown = set(options.workload) - set(WORKLOADS)
+    if unknown:
+        parser.error(f"no such workload: {', '.join(sorted(unknown))}; see --list")
+    return options
+
+
+def measure_side(name, options, is_floor):
+    """The rows of a workload: name -> BenchRow."""
+    with contextlib.ExitStack() as stack:
+        side = Side(stack, options, is_floor)
+        return {row.name: row for row in WORKLOADS[name][1](side)}
+
+
+def measure_workload(name, options):
+    """Product and floor in turn; one dictionary of fields a row."""
+    best = {}
+    for _ in range(options.repeat):
+        for is_floor in False, True:
+            for row in measure_side(name, options, is_floor).values():
+                key = row.name, is_floor
+                if key not in best or row.measured.cpu < best[key].measured.cpu:
+                    best[key] = row
+    for (row_name, is_floor), row in best.items():
+        if not is_floor:
+            yield combined(name, row, best.get((row_name, True)))
+
+
+def combined(name, row, floor):
+    """One row of the output."""
+    fields = {"workload": name, "row": row.name, "operation": row.operation,
+              **row.measured.as_fields()}
+    beside = floor.measured.as_fields() if floor else {}
+    for field in ("cpu_us", "rate", "p50_us", "p99_us", "p999_us", "rss_kib",
+                  "each_bytes"):
+        fields["floor_" + field] = beside.get(field)
+    took = fields["floor_cpu_us"]
+    fields["ratio"] = fields["cpu_us"] / took if took else None
+    return fields
+
+
+BENCH_COLUMNS = (
+    ("", "row", "%-34s"), ("per", "operation", "%-16s"), ("CPU us", "cpu_us", "%9.1f"),
+    ("floor", "floor_cpu_us", "%9.1f"), ("ratio", "ratio", "%5.2f"),
+    ("rate/s", "rate", "%9.0f"), ("busy", "busy", "%4.2f"), ("p50 us", "p50_us", "%8.0f"),
+    ("p99", "p99_us", "%8.0f"), ("p99.9", "p999_us", "%8.0f"),
+    ("RSS KiB", "rss_kib", "%8d"), ("B each", "each_bytes", "%7.0f"),
+    ("floor", "floor_each_bytes", "%7.0f"))
+
+
+def bench_line(fields):
+    """A row of the table; None is its head."""
+    cells = []
+    for title, name, form in BENCH_COLUMNS:
+        width = re.match(r"%(-?\d+)", form).group(1)
+        value = title if fields is None else fields[name]
+        cells.append(("%" + width + "s") % ("-" if value is None else value)
+                     if fields is None or value is None else form % value)
+    return " ".join(cells).rstrip()
+
+
+def this_machine():
+    """The machine, for a table that somebody else reads."""
+    with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+        found = re.search(r"(?m)^(?:model name|Model|Hardware)\s*:\s*(.+)$", file.read())
+    return "%s, %d cores, Linux %s, %s %s; this process is a %s, too" % (
+        found.group(1) if found else os.uname().machine, os.cpu_count(),
+        os.uname().release.partition("-")[0], sys.implementation.name,
+        ".".join(map(str, sys.version_info[:3])), "Python")
+
+
+def run_bench(arguments):
+    """Measure, and print a row as soon as there is one."""
+    options = bench_arguments(arguments)
+    if options.list:
+        print("\n".join(f"{name:14} {text}" for name, (text, _) in WORKLOADS.items()))
+        return 0
+    if not sys.platform.startswith("linux"):
+        sys.exit("test_rustdesk_server: the bench needs Linux: /proc and epoll")
+    if not options.json:
+        print(f"{this_machine()}\n\n{bench_line(None)}")
+    for name in options.workload or WORKLOADS:
+        try:
+            for fields in measure_workload(name, options):
+                print(json.dumps(fields) if options.json else bench_line(fields),
+                      flush=True)
+        except BenchTrouble as trouble:
+            sys.exit(f"test_rustdesk_server: {name}: {trouble}")
+    return 0
+
+
 if __name__ == "__main__":
     if sys.version_info < (3, 9):
         sys.exit("test_rustdesk_server: needs Python 3.9 or later")
+    if sys.argv[1:2] == ["bench"]:
+        sys.exit(run_bench(sys.argv[2:]))
     prepare_environment()
     run_pytest(sys.argv[1:])
 
@@ -181,9 +1463,6 @@ import websockets.protocol  # noqa: E402
 import websockets.sync.client  # noqa: E402
 import websockets.uri  # noqa: E402
 
-SERVER_FILE = os.path.abspath(
-    os.environ.get("RUSTDESK_SERVER") or os.path.join(HERE, "rustdesk_server.py")
-)
 REPOSITORY = os.path.dirname(SERVER_FILE)
 SERVER_PYTHON = shlex.split(os.environ.get("RUSTDESK_PYTHON", "")) or [sys.executable]
 sys.path.insert(0, REPOSITORY)
@@ -599,14 +1878,6 @@ def identity(peer_id, key):
     return protocol.message_class("hbb.IdPk")(id=peer_id, pk=key).SerializeToString()
 
 
-def frame(payload):
-    """A payload behind the shortest header that holds its length (protocol 2.1)."""
-    for size in (1, 2, 3, 4):
-        if len(payload) < 1 << (8 * size - 2):
-            return (len(payload) << 2 | size - 1).to_bytes(size, "little") + payload
-    raise ValueError("longer than a frame can be")
-
-
 def take_frame(data):
     """The first whole frame of a bytearray, taken out of it; None if there is none."""
     size = (data[0] & 3) + 1 if data else 1
@@ -810,29 +2081,6 @@ class WebSocketLink(Link):
 
     def close(self):
         self.connection.close()
-
-
-CONTINUATION, TEXT, BINARY, CLOSE, PING = 0, 1, 2, 8, 9
-
-
-def websocket_frame(opcode, payload, final=True, mask=b"\x11\x22\x33\x44"):
-    """One frame by hand (RFC 6455 5.2); a mask of None leaves it unmasked."""
-    size, bit = len(payload), 0x80 if mask else 0
-    head = bytes([opcode | (0x80 if final else 0)])
-    if size < 126:
-        head += bytes([bit | size])
-    elif size < 1 << 16:
-        head += struct.pack(">BH", bit | 126, size)
-    else:
-        head += struct.pack(">BQ", bit | 127, size)
-    if mask and any(mask):
-        payload = bytes(byte ^ mask[at % 4] for at, byte in enumerate(payload))
-    return head + (mask or b"") + payload
-
-
-HANDSHAKE = (b"GET / HTTP/1.1\r\nHost: s\r\nUpgrade: websocket\r\n"
-             b"Connection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
-             b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n")
 
 
 class RawWebSocketLink(TcpLink):
@@ -14579,7 +15827,7 @@ def pump(link, until):
     return sent
 
 
-def drain(link, until):
+def drain_until(link, until):
     """Take what comes, until then; how much it was."""
     link.socket.setblocking(False)
     came = 0
@@ -14592,7 +15840,7 @@ def drain(link, until):
 def carry(pairs, seconds):
     """Let the first end of each pair send all it can; what the others got."""
     until = time.monotonic() + seconds
-    calls = [functools.partial(drain, there, until) for _, there in pairs]
+    calls = [functools.partial(drain_until, there, until) for _, there in pairs]
     calls += [functools.partial(pump, here, until) for here, _ in pairs]
     return in_parallel(*calls)[:len(pairs)]
 
@@ -14622,7 +15870,7 @@ def test_modest_session_gets_what_it_wants_beside_a_greedy_one():
             return turns
 
         _, _, turns = in_parallel(functools.partial(pump, greedy[0], until),
-                                  functools.partial(drain, greedy[1], until), chat)
+                                  functools.partial(drain_until, greedy[1], until), chat)
         assert turns > 20
 
 
