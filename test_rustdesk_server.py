@@ -635,7 +635,7 @@ class Load:
         self.over = False
         self.done = self.owed = 0  # operations; bytes still to come
         self.latencies = array.array("d")
-        self.pace = lambda: 1.0  # does what is due, returns the seconds to the next
+        self.pace = None  # does what is due, and gives the seconds to the next
 
     def begin(self, task, lasts=True):
         """Run a task; one that does not last may be left behind waiting."""
@@ -665,7 +665,11 @@ class Load:
 
     def turn(self):
         """Wait for events, and resume who waits for them."""
-        for descriptor, _ in self.poll.poll(max(0.0, self.pace())):
+        seconds = 1.0
+        if self.pace:  # epoll waits for whole milliseconds, select for what it is told
+            select.select([self.poll], [], [], self.pace())
+            seconds = 0
+        for descriptor, _ in self.poll.poll(seconds):
             self.resumes += 1
             task = self.waiting.pop(descriptor, None)
             if task is not None:
@@ -1020,7 +1024,7 @@ class Pace:
             self.load.owed += self.each
         self.sent = max(self.sent, wanted)
         after = self.began + (self.sent + 1) * self.interval
-        return max(0.001, after - time.perf_counter())
+        return max(0.0, after - time.perf_counter())
 
     def take(self, number, end):
         """Take the messages of one session, and time each."""
@@ -1274,30 +1278,44 @@ class TwoRelays:
     def subjects(self):
         return [self.server, *self.relays]
 
-    def arrange(self, peer_id, peer):
+    def arrange(self, load, peer_id, peer):
         """A asks for B and relays (protocol 5.6); gives the relay and the uuid."""
         port, relay_uuid = self.server.ports["rendezvous"], new_relay_uuid()
-        with bench_connect(port) as initiator:
-            initiator.send(frame(bare_message(8, {
-                1: peer_id, 2: 2, 3: self.server.public_key, 8: 1})))
-            yield peer.fileno(), select.EPOLLIN
-            hole = bare_fields(bare_fields(peer.recv(2048))[9])
-            with bench_connect(port) as answering:
-                answering.send(frame(bare_message(19, {
-                    1: hole[1], 2: relay_uuid, 3: hole[2].decode(), 4: peer_id})))
-                yield initiator.fileno(), select.EPOLLIN
-            answer = initiator.recv(4096)
-        told = bare_fields(unframed(answer)[19])
+        initiator = bench_connect(port)
+        initiator.send(frame(bare_message(8, {
+            1: peer_id, 2: 2, 3: self.server.public_key, 8: 1})))
+        yield peer.fileno(), select.EPOLLIN
+        hole = bare_fields(bare_fields(peer.recv(2048))[9])
+        answering = bench_connect(port)
+        answering.send(frame(bare_message(19, {
+            1: hole[1], 2: relay_uuid, 3: hole[2].decode(), 4: peer_id})))
+        yield initiator.fileno(), select.EPOLLIN
+        told = bare_fields(unframed(initiator.recv(4096))[19])
+        for sock in initiator, answering:
+            load.close(sock)
         return self.by_name[told[3].decode()], told[2].decode()
 
     def sessions(self, load, peer_id, peer):
         """One arranged session after the other, each of a byte each way."""
         while not load.over:
             began = time.perf_counter()
-            relay, relay_uuid = yield from self.arrange(peer_id, peer)
+            relay, relay_uuid = yield from self.arrange(load, peer_id, peer)
             for end in open_session(relay, relay_uuid=relay_uuid):
                 end.sock.close()
             load.note(began)
+
+    def measured_sessions(self, side):
+        """Arranged sessions, each for one of so many peers at a time."""
+        peers = {str(400_000_000 + i): open_udp(self.server) for i in range(16)}
+        for peer_id, peer in peers.items():
+            at_once(register_ids(Load(), peer, [peer_id]))
+        load = Load()
+        for peer_id, peer in peers.items():
+            load.begin(self.sessions(load, peer_id, peer))
+        measured = side.measure(load, *self.subjects)
+        for peer in peers.values():
+            peer.close()
+        return measured
 
 
 def at_once(task):
@@ -1318,14 +1336,12 @@ def bench_two_relays(side):
     else:
         group = TwoRelays(side)
         relays = group.relays
+        yield BenchRow("two-relays", "arranged session", group.measured_sessions(side))
         with open_udp(group.server) as peer:
-            at_once(register_ids(Load(), peer, ["400000000"]))
-            load = Load()
-            load.begin(group.sessions(load, "400000000", peer))
-            measured = side.measure(load, *group.subjects)
-            yield BenchRow("two-relays", "arranged session", measured)
-            arranged = [at_once(group.arrange("400000000", peer)) for _ in range(10)]
-            pairs = [open_session(relay, relay_uuid=name) for relay, name in arranged]
+            at_once(register_ids(Load(), peer, ["500000000"]))
+            arranged = [at_once(group.arrange(Load(), "500000000", peer))
+                        for _ in range(10)]
+        pairs = [open_session(relay, relay_uuid=name) for relay, name in arranged]
     measured = side.measure(streams(pairs), *relays)
     yield BenchRow("two-relays-bulk", "MB", measured)
 
