@@ -5751,6 +5751,34 @@ def test_appended_peers_are_loaded_again(path):
     assert store.file_bytes == path.stat().st_size
 
 
+def odd_peers():
+    """Peers whose lines are each plain, or not, in a way of its own."""
+    for entry in (peer(), peer("with space"), peer("ümlaut"), peer('quo"te'),
+                  peer("back\\slash"), peer("tab\tbed"), peer(ip=""),
+                  peer(ip="2001:db8::1"), peer(ip="fe80::1%eth0"),
+                  peer(created=0, seen=0), peer(seen=10**13)):
+        for state in "", "disabled", "released", "forgotten":
+            for device_uuid in (b"u", b"uu", b"uuu", bytes(range(256))):
+                yield entry.changed(state=state, device_uuid=device_uuid)
+
+
+def test_plain_lines_are_read_as_any_other(monkeypatch):
+    code, lines = rustdesk_server, [entry.to_line().encode() for entry in odd_peers()]
+    plain = {line: code.peer_from_plain_line(line) for line in lines}
+    assert {found is None for found in plain.values()} == {True, False}
+    monkeypatch.setattr(code, "peer_from_plain_line", lambda line: None)
+    for line, found in plain.items():
+        assert found is None or found.is_same(code.peer_from_line(line)[0])
+        assert found is None or fields(found) == fields(code.peer_from_line(line)[0])
+
+
+def test_plain_line_with_one_byte_changed_is_none_of_ours():
+    line = peer().to_line().encode()
+    for at in range(len(line) - 1):
+        damaged = line[:at] + bytes([line[at] ^ 1]) + line[at + 1:]
+        assert rustdesk_server.peer_from_plain_line(damaged) is None, damaged
+
+
 def test_last_line_of_an_id_wins(path):
     store = opened(path)
     for number in (1, 2, 3):
