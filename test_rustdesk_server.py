@@ -1572,6 +1572,7 @@ class ServerProcess:
         self.log_through_pipe = log_through_pipe
         self.process = None
         self.ports = {}
+        self.relays = {}  # those that are servers of their own, by host:port
         self.checked_at = 0
 
     def __enter__(self):
@@ -2152,9 +2153,10 @@ def open_breakable(server, role, transport):
 
 def open_relay(server, relay_server, transport, source):
     """Connect to the relay that somebody named, by its TCP address (protocol 1.5)."""
+    relay = server.relays.get(relay_server, server)
     host, port = relay_server.rsplit(":", 1)
-    assert int(port) == server.ports["relay"], relay_server
-    return open_link(server, "relay", transport, source)
+    assert int(port) == relay.ports["relay"], relay_server
+    return open_link(relay, "relay", transport, source)
 
 
 class Session:
@@ -18407,6 +18409,58 @@ def test_healthy_relay_servers_are_offered_in_turn():
         wait_until(lambda: names[2] not in console(server, "rendezvous", "rs"), 20)
         told = offered_relays(server, 6)
         assert collections.Counter(told) == {names[0]: 3, names[1]: 3}
+
+
+@contextlib.contextmanager
+def server_with_two_relays(folder):
+    """An ID server whose sessions are carried by two relays with its secret."""
+    secret = written(folder, "relay.secret", "sixteen or more characters")
+    options = dict(tickets=True)
+    with contextlib.ExitStack() as stack:
+        relays = [stack.enter_context(ServerProcess(
+            "--relay-secret", str(secret), role="hbbr", **options)) for _ in range(2)]
+        named = {"127.0.0.1:%d" % relay.ports["relay"]: relay for relay in relays}
+        server = stack.enter_context(ServerProcess(
+            "--relay-secret", str(secret), "-r", ",".join(named), role="hbbs",
+            **options))
+        server.relays = named
+        for name in named:
+            server.wait_for_log(f"relay {name} takes our sessions only")
+        yield server
+
+
+def dial_by_relay(server, peer):
+    """A session up to its first messages: both ends, and the relay that has it."""
+    here = Initiator(server, force_relay=True).dial(peer.peer_id)
+    there = peer.next_session()
+    converse(here, there)
+    return here, there, "%s:%d" % here.link.socket.getpeername()
+
+
+def test_two_relays_share_the_sessions_and_one_goes_on_without_the_other(tmp_path):
+    with server_with_two_relays(tmp_path) as server, LivePeer(server) as peer:
+        with contextlib.ExitStack() as stack:
+            dead, living = server.relays
+            stranger = stack.enter_context(
+                open_link(server.relays[living], "relay", "tcp", next_ip()))
+            stranger.tell("request_relay", uuid="nobody has arranged this")
+            sessions = [dial_by_relay(server, peer) for _ in range(4)]
+            for here, there, _ in sessions:
+                stack.callback(here.close)
+            assert collections.Counter(name for *_, name in sessions) == {
+                dead: 2, living: 2}
+            server.relays[dead].kill()
+            for here, there, name in sessions:
+                if name == dead:
+                    assert here.receive() is None and there.receive() is None
+                else:
+                    converse(there, here)
+            server.wait_for_log(f"relay {dead} does not answer", 20)
+            for _ in range(3):
+                here, there, name = dial_by_relay(server, peer)
+                stack.callback(here.close)
+                assert name == living
+            assert stranger.ended(), "a session that nobody arranged is carried"
 
 
 LAN = ("--mask", "127.200.0.0/16", "--local-ip", "127.0.0.9", "-r",
