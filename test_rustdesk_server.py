@@ -362,8 +362,8 @@ class FloorEnd:
         start = at + (2 if size < 126 else 4 if size == 126 else 10)
         if start + 4 > end:
             return 0
-        wide = int.from_bytes(data[at + 2:start], "big")
-        self.left, self.mask = size if size < 126 else wide, bytes(data[start:start + 4])
+        self.left = size if size < 126 else int.from_bytes(data[at + 2:start], "big")
+        self.mask = bytes(data[start:start + 4])
         return start + 4
 
     def consume_first(self, data):
@@ -522,7 +522,7 @@ def run_floor(stored=None):
 # Python as well, is what limits the rate.
 
 #: The product's limits are for strangers; this is one machine that is many.
-BENCH_LIMITS = ("--exempt", "127.0.0.0/8", *(
+BENCH_LIMITS = ("--drain", "0", "--exempt", "127.0.0.0/8", *(
     word for name in ("new-ids", "new-ids-per-day", "peers", "connections", "strangers")
     for word in ("--limit", f"{name}=2000000")))
 BENCH_START_SECONDS = 300.0  # with all the stored peers, on a small machine
@@ -653,8 +653,8 @@ class Load:
             return
         descriptor, mask = wanted
         if self.masks.get(descriptor) != mask:
-            change = self.poll.modify if descriptor in self.masks else self.poll.register
-            change(descriptor, mask)
+            known = descriptor in self.masks
+            (self.poll.modify if known else self.poll.register)(descriptor, mask)
             self.masks[descriptor] = mask
         self.waiting[descriptor] = task
 
@@ -697,7 +697,8 @@ class Load:
             if self.resumes != resumes:
                 resumes, heard = self.resumes, time.perf_counter()
             elif time.perf_counter() - heard > BENCH_SILENCE_SECONDS:
-                raise BenchTrouble(f"{self.running} tasks, {self.owed} bytes unanswered")
+                raise BenchTrouble(f"{self.running} tasks and {self.owed} bytes were "
+                                   "not answered")
 
 
 class Measured:
@@ -1101,6 +1102,7 @@ def started(subject, operations=1):
 def bench_stored(side):
     count = min(side.number(1_000_000), available_bytes() // 4096)
     directory = side.directory()
+    side.start(directory=directory).end()  # it makes the key
     path = os.path.join(directory, "peers.jsonl")
     with open(path, "w", encoding="ascii") as file:
         file.writelines(map(stored_line, range(count)))
@@ -1406,8 +1408,9 @@ def combined(name, row, floor):
 BENCH_COLUMNS = (
     ("", "row", "%-34s"), ("per", "operation", "%-16s"), ("CPU us", "cpu_us", "%9.1f"),
     ("floor", "floor_cpu_us", "%9.1f"), ("ratio", "ratio", "%5.2f"),
-    ("rate/s", "rate", "%9.0f"), ("busy", "busy", "%4.2f"), ("p50 us", "p50_us", "%8.0f"),
-    ("p99", "p99_us", "%8.0f"), ("p99.9", "p999_us", "%8.0f"),
+    ("rate/s", "rate", "%9.0f"), ("busy", "busy", "%4.2f"),
+    ("p50 us", "p50_us", "%8.0f"), ("p99", "p99_us", "%8.0f"),
+    ("p99.9", "p999_us", "%8.0f"),
     ("RSS KiB", "rss_kib", "%8d"), ("B each", "each_bytes", "%7.0f"),
     ("floor", "floor_each_bytes", "%7.0f"))
 
@@ -1426,7 +1429,7 @@ def bench_line(fields):
 def this_machine():
     """The machine, for a table that somebody else reads."""
     with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-        found = re.search(r"(?m)^(?:model name|Model|Hardware)\s*:\s*(.+)$", file.read())
+        found = re.search(r"(?m)^(?:model name|Model)\s*:\s*(.+)$", file.read())
     return "%s, %d cores, Linux %s, %s %s; this process is a %s, too" % (
         found.group(1) if found else os.uname().machine, os.cpu_count(),
         os.uname().release.partition("-")[0], sys.implementation.name,
@@ -18507,6 +18510,75 @@ def test_initiator_inside_the_lan_is_told_the_servers_local_address():
                     answer.send(outside.answer_by_relay(hole, "u"))
                 response = link.expect("relay_response")
     assert response.relay_server.partition(":")[0] == "127.0.0.9"
+
+# == The bench =================================================================
+#
+# Whether every workload does what it is measured at: the figures are nobody's
+# business here, that they are there and can be true is.
+
+
+@pytest.fixture
+def bench_options():
+    return bench_arguments(["--seconds", "0.1", "--scale", "0.004"])
+
+
+#: Rows for which there is nothing to compare with.
+ROWS_WITHOUT_FLOOR = {"two-relays"}
+
+#: What a row has as a number, unless its workload has no such thing.
+BENCH_NUMBERS = {"operations", "cpu_us", "rate", "busy", "rss_kib"}
+BENCH_LATENCIES = {"p50_us", "p99_us", "p999_us"}
+
+
+def check_bench_row(row):
+    """Each field is there, and none says what cannot be."""
+    assert all(row[name] >= 0 for name in BENCH_NUMBERS), row
+    assert row["operations"] >= 1 and row["rate"] > 0 and row["busy"] < 1.5, row
+    assert row["rss_kib"] > 5_000, row
+    assert (row["floor_rate"] is None) == (row["row"] in ROWS_WITHOUT_FLOOR), row
+    if row["operation"] == "MB":
+        assert {row[name] for name in BENCH_LATENCIES} == {None}, row
+    else:
+        assert 0 < row["p50_us"] <= row["p99_us"] <= row["p999_us"] < 60e6, row
+    assert bench_line(row).startswith(row["row"])
+
+
+@linux_only
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_every_workload_of_the_bench_does_its_work(bench_options, name):
+    rows = list(measure_workload(name, bench_options))
+    assert rows and {row["workload"] for row in rows} == {name}
+    for row in rows:
+        check_bench_row(row)
+
+
+@linux_only
+def test_bench_counts_what_it_says_it_does(bench_options):
+    row, _ = measure_workload("heartbeats", bench_options)
+    assert (row["row"], row["operations"]) == ("register 400 ids", 400)
+    row, = measure_workload("idle", bench_options)
+    assert (row["row"], row["operations"]) == ("4 idle sessions", 4)
+
+
+@linux_only
+def test_bench_prints_one_object_a_row():
+    command = [sys.executable, os.path.abspath(__file__), "bench", "--json", "rtt-1",
+               "bulk-1", "--seconds", "0.1"]
+    ended = subprocess.run(command, text=True, stdout=subprocess.PIPE, check=True)
+    rows = [json.loads(line) for line in ended.stdout.splitlines()]
+    assert [row["row"] for row in rows] == ["rtt-1", "bulk-1"]
+    for row in rows:
+        check_bench_row(row)
+
+
+@linux_only
+def test_bench_names_what_there_is_to_measure():
+    command = [sys.executable, os.path.abspath(__file__), "bench"]
+    listed = subprocess.run([*command, "--list"], text=True, stdout=subprocess.PIPE)
+    assert [line.split()[0] for line in listed.stdout.splitlines()] == list(WORKLOADS)
+    unknown = subprocess.run([*command, "no-such"], text=True, stderr=subprocess.PIPE)
+    assert unknown.returncode == 2 and "no such workload: no-such" in unknown.stderr
+
 
 # == The matrix ================================================================
 #
