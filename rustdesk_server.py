@@ -3496,7 +3496,8 @@ setting("console", "", one_of("off", "read", "full"), None, "MODE",
         "`read` answers questions, `full` takes changes as well (`read`; `off` once "
         "`--trusted-proxy` is given, since strangers then come from this machine).")
 setting("user", "", parse_text, "", "NAME",
-        "Started as root: the user to run as, once the ports are open.")
+        "Started as root: the user to run as, once the ports are open. The files of "
+        "this server become the user's, and the directory if `--directory` names it.")
 setting("directory", "", parse_text, "", "DIR",
         "Where key, peers and lists are kept (the working directory); made with mode "
         "0700 if it is missing.")
@@ -3678,7 +3679,7 @@ class Config:
         self.origins[row.attribute] = origin
 
 
-def load_config(role, flags, environment, directory):
+def load_config(role, flags, environment, directory, changes=None):
     """The `Config` of a start: environment, `.env`, the -c file, flags and what
     was changed at run time, in turn.
 
@@ -3706,7 +3707,7 @@ def load_config(role, flags, environment, directory):
         if canonical_name(name) in SETTINGS and text is not None:
             flag = f"flag --{name.replace('_', '-')}"
             config.apply(name, text, flag, strict=True)
-    for entry in read_config_file(os.path.join(directory, CHANGES_FILE), False):
+    for entry in read_changes(directory) if changes is None else changes:
         config.apply(*entry, strict=True)
     if config.encrypted_only and config.key is None:
         config.key = "_"
@@ -3715,22 +3716,26 @@ def load_config(role, flags, environment, directory):
     return config
 
 
-def save_changes(directory, changes):
-    """Keep settings that were changed at run time: {name: text, or None to
-    return to what was configured}.
-
-    The file is replaced in one step; OSError leaves it as it was.
-    """
-    kept = {**read_changes(directory), **changes}
-    lines = ["# What was changed while the server ran; the last word on each.\n"]
-    lines += [f"{name} = {text}\n" for name, text in kept.items() if text is not None]
-    write_in_place(os.path.join(directory, CHANGES_FILE), "".join(lines))
-
-
 def read_changes(directory):
-    """The settings that were changed at run time: {name: text}."""
-    entries = read_config_file(os.path.join(directory, CHANGES_FILE), required=False)
-    return {name: text for name, text, _ in entries}
+    """The settings that were changed at run time: (name, text, place)."""
+    return read_config_file(os.path.join(directory, CHANGES_FILE), required=False)
+
+
+def merge_changes(entries, changes):
+    """Those settings with others of {name: text}; None for a text returns to
+    what was configured."""
+    kept = {name: text for name, text, _ in entries}
+    kept.update(changes)
+    return [(name, text, "changed at run time") for name, text in kept.items()
+            if text is not None]
+
+
+def save_changes(directory, entries):
+    """Keep settings that were changed at run time; OSError leaves the file as
+    it was."""
+    lines = ["# What was changed while the server ran; the last word on each.\n"]
+    lines += [f"{name} = {text}\n" for name, text, _ in entries]
+    write_in_place(os.path.join(directory, CHANGES_FILE), "".join(lines))
 
 
 #: Variables that mean something else to the system.
@@ -3819,7 +3824,8 @@ limit("targets", 4, "peers",
       "That one connection may ask for at a time; clients ask for one.")
 limit("registrations-per-address", 30, "a minute",
       "Of devices that are not known with this key; the official server's number.")
-limit("ids-per-address", 300, "a day", "Likewise; the official server's number.")
+limit("ids-per-address", 300, "a day",
+      "New ones; the official server's number.")
 limit("registrations-per-id", 3, "in 6 s", "The official server's number.")
 limit("new-ids", 500, "a minute",
       "From everywhere: sources of datagrams can be forged, so limits per address do "
@@ -3831,12 +3837,13 @@ limit("untried-days", 30, "days",
       "hour, where anybody may register (0: never).")
 limit("udp-tests-per-address", 60, "a minute",
       "This answer alone is longer than its question; a client's test is a dozen.")
-limit("online-query-bytes", 16 * 1024 * 1024, "bytes a minute",
+limit("online-query-bytes", 4 * 1024 * 1024, "bytes a minute",
       "Per address; a client with a hundred contacts asks for 24 KiB a minute.")
 limit("requests-per-address", 300, "a minute",
       "For connections; a client sends up to six for one.")
 limit("requests-per-pair", 60, "a minute", "From one address for one peer.")
-limit("requests-per-target", 600, "a minute", "From everywhere for one peer.")
+limit("requests-per-target", 600, "a minute",
+      "From everywhere for one peer, but for who was let in to ask for it lately.")
 limit("relay-links", 10_000, "links", "That wait for their partner, in all.")
 limit("relay-links-per-address", 500, "links", "Likewise, from one address.")
 limit("early-links", 2_000, "links", "That wait for their ticket, in all.")
@@ -3860,7 +3867,8 @@ class Limits:
     Tables made here follow when a limit changes.
     """
 
-    def __init__(self, config):
+    def __init__(self, config, descriptors=1 << 30):
+        self.descriptors = descriptors  # that connections may take
         self.tables = []  # (table, its seconds, its capacity), by attribute or number
         self.take(config)
 
@@ -3876,6 +3884,7 @@ class Limits:
                 raise ConfigTrouble(f"limit = {name}={number} ({where}): {why}; the "
                                     "subcommand `limits` lists them")
             numbers[canonical_name(name)] = number
+        numbers["connections"] = min(numbers["connections"], self.descriptors)
         self.__dict__.update(numbers)
         self.exempt = config.exempt
         self.rules = Rules(config)
@@ -3912,7 +3921,7 @@ class Rules:
     What none fits is allowed.
     """
 
-    __slots__ = ("ids", "networks")
+    __slots__ = ("ids", "networks", "shapes")
 
     def __init__(self, config):
         self.ids, self.networks = {}, {}  # subject -> whether it is refused
@@ -3920,15 +3929,23 @@ class Rules:
             for subject in subjects:
                 table = self.ids if isinstance(subject, str) else self.networks
                 table[subject] = refused
+        # (version, prefix length) of the networks, the narrowest first: lists
+        # of many thousands have few.
+        self.shapes = sorted({(network.version, network.prefixlen)
+                              for network in self.networks}, reverse=True)
 
     def refuses_address(self, ip):
         """Whether an IP address is refused."""
-        if not self.networks:
+        if not self.shapes:
             return False
         address = ipaddress.ip_address(ip.partition("%")[0])
-        fitting = [network for network in self.networks if address in network]
-        best = max(fitting, key=lambda network: network.prefixlen, default=None)
-        return best is not None and self.networks[best]
+        for version, length in self.shapes:
+            if version == address.version:
+                network = ipaddress.ip_network((address, length), strict=False)
+                refused = self.networks.get(network)
+                if refused is not None:
+                    return refused
+        return False
 
     def refuses_id(self, peer_id):
         """Whether an id is refused."""
@@ -4115,37 +4132,35 @@ class RegistrationLimits:
     def __init__(self, limits):
         self.limits = limits
         self.counts = limits.table(self.ADDRESS_SECONDS)  # place -> [requests]
-        self.ids = limits.table(self.IDS_SECONDS)  # place -> set of ids
+        self.ids = Rates(limits.table(self.IDS_SECONDS))  # new ids, by place
         self.recent = Rates(limits.table(self.ID_SECONDS))  # by id
         self.new = Rates(limits.table(60.0))  # all under one key
         self.new_today = Rates(limits.table(86400.0))
 
-    def admits_address(self, ip, peer_id, now):
-        """Whether an address may register one more id; counts it."""
+    def admits_address(self, ip, now):
+        """Whether an address may register once more; counts it."""
         place = self.limits.place(ip)
         if place is None:
             return True
         self.counts.expire(now)
-        self.ids.expire(now)
         count = self.counts.get(place) or [-1]  # the very first is not counted
-        ids = self.ids.get(place) or set()
         if count[0] >= self.limits.registrations_per_address:
             return False
-        if len(ids) >= self.limits.ids_per_address and peer_id not in ids:
-            return False
         count[0] += 1
-        ids.add(peer_id)
         self.counts.put(place, count, now)
-        self.ids.put(place, ids, now)
         return True
 
     def admits_id(self, peer_id, now):
         """Whether an id may register once more; counts it."""
         return self.recent.admits(peer_id, self.limits.registrations_per_id, now)
 
-    def admits_new(self, now):
-        """Whether there may be one more new id; counts it."""
-        return (self.new_today.admits("", self.limits.new_ids_per_day, now)
+    def admits_new(self, ip, now):
+        """Whether there may be one more new id, and from this address; counts
+        it."""
+        place = self.limits.place(ip)
+        return ((place is None or self.ids.admits(
+                    place, self.limits.ids_per_address, now))
+                and self.new_today.admits("", self.limits.new_ids_per_day, now)
                 and self.new.admits("", self.limits.new_ids, now))
 
 
@@ -4154,7 +4169,7 @@ def fair_shares(amount, wants):
     wants, and nobody could get more without taking from one that has less."""
     shares, left = [0] * len(wants), len(wants)
     for i in sorted(range(len(wants)), key=wants.__getitem__):
-        shares[i] = max(0, min(wants[i], amount // left))
+        shares[i] = min(wants[i], -(-amount // left))  # rounded up: not 0 for all
         amount -= shares[i]
         left -= 1
     return shares
@@ -4704,7 +4719,7 @@ class TicketSender:
         return f"{text} {mac}\n".encode()
 
     def announcement(self, ticket, keys):
-        """The line that announces a `Broker` action; `keys` are those that the
+        """The line that announces a `Arrange` action; `keys` are those that the
         relay may see instead, which travel as codes."""
         codes = [keyed_code(self.secret, key) for key in keys if ticket.needs_key]
         return self.line(json.dumps([ticket.session_uuid, ticket.peer_id, codes],
@@ -4836,7 +4851,7 @@ Later = collections.namedtuple("Later", "seconds then")
 Report = collections.namedtuple("Report", "word text")
 #: A session was arranged: let the relay carry it.  Where `needs_key` is true
 #: the initiator has yet to show there that it has the key.
-Broker = collections.namedtuple("Broker", "session_uuid peer_id needs_key")
+Arrange = collections.namedtuple("Arrange", "session_uuid peer_id needs_key")
 #: Let the flows of a session move bytes again.
 Resume = collections.namedtuple("Resume", "session")
 #: Count what was let pass though it could have been refused, and log it.
@@ -5133,7 +5148,7 @@ class Rendezvous:
         proven = known is not None and (known.device_uuid, known.public_key) == (
             request.uuid, request.pk)
         ip = origin.address.ip
-        if not proven and not self.registering.admits_address(ip, request.id, now):
+        if not proven and not self.registering.admits_address(ip, now):
             return Result.TOO_FREQUENT, Refusal.TOO_FREQUENT
         if known is None:
             return self.judge_newcomer(request, ip, now)
@@ -5158,13 +5173,12 @@ class Rendezvous:
         if enroll != "open" and not self.limits.rules.allows_id(request.id):
             if enroll == "closed":
                 return Result.NOT_DEPLOYED, Refusal.NOT_ENROLLED
-            first = self.applicants.get(request.id)
-            self.applicants.put(request.id, first or Peer(
+            self.applicants.put((request.id, request.uuid), Peer(
                 request.id, request.uuid, request.pk, ip), now)
             return Result.NOT_DEPLOYED, Refusal.AWAITS_APPROVAL
         if not self.registering.admits_id(request.id, now):
             return Result.TOO_FREQUENT, Refusal.TOO_FREQUENT
-        if not self.registering.admits_new(now) or not self.has_room():
+        if not self.registering.admits_new(ip, now) or not self.has_room():
             return Result.TOO_FREQUENT, Refusal.TOO_MANY_NEW_IDS
         return Result.OK, None
 
@@ -5247,6 +5261,11 @@ class Rendezvous:
         """Make this the peer's route, and say so."""
         if origin.link is not None and origin.link.ended:
             return  # while its record was written
+        barred = self.bar(peer.peer_id, self.store.peers.get(peer.peer_id))
+        if barred is not None:  # meanwhile
+            yield Refuse(barred, f"{peer.peer_id!a} from {origin.address}")
+            yield reply(origin, RegisterPkResponse(result=Result.NOT_DEPLOYED))
+            return
         registration = self.registrations.get(peer.peer_id)
         if registration is None or not registration.is_from(origin):
             self.end_route(peer.peer_id)
@@ -5378,7 +5397,7 @@ class Rendezvous:
         barred = self.bar(request.id, taken)
         if barred is not None:
             return Result.NOT_SUPPORT, barred
-        if not self.registering.admits_address(origin.address.ip, request.id, now):
+        if not self.registering.admits_address(origin.address.ip, now):
             return Result.TOO_FREQUENT, Refusal.TOO_FREQUENT
         old = self.store.peers.get(request.old_id)
         live = self.online(request.old_id, now)
@@ -5491,7 +5510,8 @@ class Rendezvous:
         peer_id = peer_id[:MAX_ID_BYTES]
         return (admits(place, limits.requests_per_address, now)
                 and admits((place, peer_id), limits.requests_per_pair, now)
-                and admits((None, peer_id), limits.requests_per_target, now))
+                and ((place, peer_id) in self.accepted.entries
+                     or admits((None, peer_id), limits.requests_per_target, now)))
 
     def absence(self, peer_id):
         """Why a peer cannot be reached: (refusal, failure, text for the
@@ -5734,7 +5754,7 @@ class Rendezvous:
         text = f"{awaited.link.address} meets {awaited.peer_id!a} at the relay"
         yield Report("relay-arranged", text)
         if awaited.call is not Call.RELAY and usable_session_uuid(answer.uuid):
-            yield Broker(answer.uuid, awaited.peer_id, False)
+            yield Arrange(answer.uuid, awaited.peer_id, False)
         yield Send(awaited.link, response)
         yield Close(origin.link)
 
@@ -5767,7 +5787,7 @@ class Rendezvous:
         awaited.call = Call.RELAY
         self.called.put(target.address.ip, True, now)
         ip = origin.address.ip
-        yield Broker(request.uuid, request.id, self.needs_key(ip, request.id))
+        yield Arrange(request.uuid, request.id, self.needs_key(ip, request.id))
         yield target.send(RequestRelay(
             id=request.id, uuid=request.uuid, socket_addr=awaited.token,
             relay_server=request.relay_server or self.relays.choose(ip),
@@ -5898,18 +5918,38 @@ class Rendezvous:
         peer = self.store.peers[peer_id].changed(state=state)
         yield from self.rewrite(peer, done)
 
-    def approve(self, peer_id, done):
-        """Let an applicant or a disabled device register."""
-        peer = self.applicants.discard(peer_id) or self.store.peers[peer_id]
-        yield from self.rewrite(peer.changed(state=""), done)
+    def approve(self, peer_id, ip, done):
+        """Let a disabled device register again, or an applicant, of which
+        `ip` is the address."""
+        peer = self.store.peers.get(peer_id)
+        if peer is None:
+            (peer,) = [one for one in self.applying(peer_id) if ip in ("", one.ip)]
+
+        def approved(is_written):
+            if is_written:
+                for one in self.applying(peer_id):
+                    self.applicants.discard((peer_id, one.device_uuid))
+            done(is_written)
+
+        yield from self.rewrite(peer.changed(state=""), approved)
+
+    def applying(self, peer_id):
+        """The devices that wait for approval with an id: whoever claims it."""
+        return [one for _, one in self.applicants.entries.values()
+                if one.peer_id == peer_id]
 
     def rewrite(self, peer, done):
         """Write a peer as the operator wants it."""
+        self.unwritten[peer.peer_id] = peer
+
         def written(later):
-            yield from self.cut(peer.peer_id)
+            self.unwritten.pop(peer.peer_id, None)
+            if peer.state:
+                yield from self.cut(peer.peer_id)
             done(True)
 
         def failed(later):
+            self.unwritten.pop(peer.peer_id, None)
             done(False)
             yield Refuse(Refusal.STORE_FAILED, f"{peer.peer_id!a} stays as it was")
 
@@ -6002,11 +6042,16 @@ class Flow:
         self.window = PIPE_BUFFER_BYTES
         self.starved = False
 
-    def grant(self, allowance):
-        """Let so much be moved from now on."""
-        self.allowance = self.granted = allowance
-        self.window = max(MIN_READ_BYTES, min(PIPE_BUFFER_BYTES, allowance))
+    def grant(self, more):
+        """Let so much more be moved."""
+        self.allowance = self.granted = max(0, self.allowance) + more
+        self.window = max(MIN_READ_BYTES, min(PIPE_BUFFER_BYTES, self.allowance))
         self.starved = False
+
+    def limit(self):
+        """Let it ask before it moves much."""
+        self.allowance = self.granted = self.LEAST_BYTES
+        self.window = self.LEAST_BYTES
 
     def count(self):
         """The bytes moved since the last count."""
@@ -6014,8 +6059,10 @@ class Flow:
         return moved
 
     def want(self, moved):
-        """How much it would like to move next, having moved so much."""
-        return UNLIMITED if self.starved else max(4 * moved, self.LEAST_BYTES)
+        """How much more it would like to be granted, having moved so much."""
+        if self.starved:
+            return UNLIMITED
+        return max(0, max(4 * moved, self.LEAST_BYTES) - self.allowance)
 
 
 class Session:
@@ -6034,7 +6081,7 @@ class Session:
         self.flows = Flow(), Flow()
         if capped:
             for flow in self.flows:
-                flow.grant(Flow.LEAST_BYTES)
+                flow.limit()
         self.carried = self.uncharged = self.ticked_bytes = 0
         self.wants = (0, 0)  # of the flows, for the next share
         self.slowed = False
@@ -6071,8 +6118,14 @@ class Session:
         """Carry whatever comes; whether a flow was starved."""
         starved = any(flow.starved for flow in self.flows)
         for flow in self.flows:
+            flow.allowance = 0
             flow.grant(UNLIMITED)
         return starved
+
+    def is_busy(self):
+        """Whether it has moved anything since it was charged, or wants to."""
+        return self.uncharged > 0 or any(
+            flow.starved or flow.allowance != flow.granted for flow in self.flows)
 
     def measure(self, now):
         """Once a second: the rate since the last time, and whether anything
@@ -6103,7 +6156,6 @@ class Relay:
         self.refused = refused  # addresses of blocklist.txt
         self.asks_tickets = config.relay_tickets == "on"
         self.total = None  # the `Cap` of all sessions together, if there is one
-        self.set_total(now)
         self.tickets = limits.table("ticket_seconds")  # session_uuid -> Ticket
         # Those that ask for the key are a stranger's to make, so they have a
         # table of their own to fill.
@@ -6113,6 +6165,8 @@ class Relay:
         self.early_at, self.waiting_at, self.sessions_at = Tally(), Tally(), Tally()
         self.sessions = {}  # number -> Session
         self.numbers = itertools.count(1)
+        self.rounds = 0  # of sharing bandwidth
+        self.set_total(now)
 
     def admits_address(self, address):
         """Whether links from this address are served at all."""
@@ -6350,6 +6404,8 @@ class Relay:
                 and session.carried / age
                 > session.cap.rate * config.downgrade_threshold):
             session.slowed, session.cap = True, Cap(config.limit_speed, now)
+            for flow in session.flows:
+                flow.limit()
             yield Report("downgraded", f"session {session.number} after {age:.0f} s")
         if config.idle_limit and now - session.active > config.idle_limit:
             yield from self.on_session_ended(session, "idle", now)
@@ -6359,8 +6415,12 @@ class Relay:
 
     def set_total(self, now):
         """Take the cap of all sessions from the configuration."""
-        megabits = self.config.total_bandwidth
+        megabits, had_total = self.config.total_bandwidth, self.total is not None
         self.total = Cap(megabits, now) if megabits else None
+        for session in self.sessions.values() if self.total and not had_total else ():
+            if session.cap is None:
+                for flow in session.flows:
+                    flow.limit()
 
     def is_capped(self, session):
         """Whether a session has to ask before it moves more."""
@@ -6373,7 +6433,11 @@ class Relay:
         The total is shared max-min fairly, then each session's share between
         its directions: who wants little gets it, the others get alike.
         """
-        sessions = [s for s in self.sessions.values() if self.is_capped(s)]
+        sessions = [session for session in self.sessions.values()
+                    if self.is_capped(session) and session.is_busy()]
+        self.rounds += 1
+        at = self.rounds % max(1, len(sessions))
+        sessions = sessions[at:] + sessions[:at]  # what is rounded up goes round
         charged = [session.charge(now) for session in sessions]
         shares = [wanted for _, wanted in charged]
         if self.total is not None:
@@ -6459,7 +6523,7 @@ class RendezvousConsole:
         """Registrations per address: `ip: requests/age ids/age`."""
         limits = self.rendezvous.registering
         limits.counts.expire(now)
-        limits.ids.expire(now)
+        limits.ids.table.expire(now)
         lines = [f"{len(limits.counts)}"]
         if len(words) > 1 and not is_number(words[1]):
             place = network_key(normalise_ip(words[1]))
@@ -6468,7 +6532,7 @@ class RendezvousConsole:
             if "-" in words[2:]:
                 self.change()
                 limits.counts.discard(place)
-                limits.ids.discard(place)
+                limits.ids.table.discard(place)
             return "\n".join(lines) + "\n"
         start = first_number(words, 0)
         places = itertools.islice(limits.counts.entries, start, start + CONSOLE_PAGE)
@@ -6479,9 +6543,9 @@ class RendezvousConsole:
     def blocker_entry(self, place, now):
         """`requests/age ids/age` of a place."""
         limits = self.rendezvous.registering
-        requests, ids = limits.counts.get(place) or [0], limits.ids.get(place) or ()
+        requests, ids = limits.counts.get(place) or [0], limits.ids.table
         return (f"{requests[0]}/{limits.counts.age(place, now) or 0:.0f}s "
-                f"{len(ids)}/{limits.ids.age(place, now) or 0:.0f}s")
+                f"{(ids.get(place) or [0])[0]}/{ids.age(place, now) or 0:.0f}s")
 
     def ip_changes(self, words, now):
         """Peers that came from several addresses: `id: age {ip: count,
@@ -8170,9 +8234,10 @@ class Announcer:
     """
 
     #: Tickets kept while the relay is away, and what it may leave unread.
-    KEPT_TICKETS, MAX_UNSENT = 1000, 256 * 1024
-    #: How long the relay may take to prove to be one of ours.
-    GREETING_SECONDS = 5.0
+    KEPT_TICKETS, MAX_UNSENT = 1000, 1024 * 1024
+    #: How long the relay may take to prove to be one of ours, and later to
+    #: take in what it is told.
+    GREETING_SECONDS, TAKEN_MILLISECONDS = 5.0, 10_000
     #: A line of the relay's: its challenge, or `ok`.
     MAX_LINE_BYTES = 128
 
@@ -8180,7 +8245,7 @@ class Announcer:
         self.server = server
         self.name = name
         self.keys = keys  # that initiators may show at the relay
-        self.kept = ExpiringTable(60.0, self.KEPT_TICKETS)  # Broker -> None
+        self.kept = ExpiringTable(server.limits.ticket_seconds, self.KEPT_TICKETS)
         self.trouble = ""  # what was said last about it
         self.reset()
         server.resolver.run(lambda: resolve_relays([name]), self.connect)
@@ -8193,18 +8258,19 @@ class Announcer:
         self.interest = 0
 
     def announce(self, ticket):
-        """Tell the relay of a session, now or when it is there."""
+        """Tell the relay of a session, now and, should the connection break,
+        again: what was sent last may be lost with it."""
+        self.kept.expire(self.server.loop.now)
+        self.kept.evict()
+        self.kept.put(ticket, None, self.server.loop.now)
         if self.is_ready:
             self.write(self.sender.announcement(ticket, self.keys))
-        else:
-            self.kept.evict()
-            self.kept.put(ticket, None, self.server.loop.now)
 
     def connect(self, targets):
         """The relay's name has become an address: connect to it."""
         if self.server.announcers.get(self.name) is not self:
             return  # it is not in the list any more
-        if not targets:
+        if not targets or isinstance(targets, Exception):
             self.fail("its name has no address")
             return
         _, family, sockaddr = targets[0]
@@ -8213,6 +8279,9 @@ class Announcer:
             self.socket.setblocking(False)
             keep_alive(self.socket)
             self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if hasattr(socket, "TCP_USER_TIMEOUT"):
+                self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT,
+                                       self.TAKEN_MILLISECONDS)
             self.socket.connect_ex(sockaddr)
         except OSError as error:
             self.fail(error.strerror)
@@ -8285,9 +8354,8 @@ class Announcer:
             self.is_ready, self.trouble = True, ""
             self.server.log.info(f"relay {self.name} takes our sessions only")
             self.kept.expire(self.server.loop.now)
-            for ticket in list(self.kept.entries):
-                self.kept.discard(ticket)
-                self.announce(ticket)
+            self.write(b"".join(self.sender.announcement(ticket, self.keys)
+                                for ticket in self.kept.entries))
 
     def fail(self, why):
         """No connection: say so once, and try again in a while."""
@@ -8385,7 +8453,7 @@ class Server:
         self.role = role
         self.directory = directory
         self.log = log
-        self.limits = Limits(config)
+        self.limits = Limits(config, free_descriptors())
         self.held_bytes = 0  # of sessions, for slow ends
         self.pending_bytes = 0  # of unfinished messages and waiting links
         self.attempts = Attempts()
@@ -8900,6 +8968,7 @@ class Server:
         self.pipes[session.number] = [pipe for pipe, _ in joined]
         for pipe, early in joined:
             if early and pipe.source is not None:
+                pipe.flow.allowance -= len(early)
                 pipe.feed(early)
         if not self.sharing and self.relay.is_capped(session):
             self.share_bandwidth()
@@ -8916,7 +8985,7 @@ class Server:
         for pipe in self.pipes.get(action.session.number, ()):
             pipe.go_on()
 
-    def do_broker(self, action):
+    def do_arrange(self, action):
         """Tell our relay, and those of the list, of an arranged session."""
         fault_of = self.rendezvous.key.fault_of if action.needs_key else None
         if self.relay is not None and self.relay.asks_tickets:
@@ -8952,7 +9021,7 @@ class Server:
     PERFORM = {
         Send: do_send, SendDatagram: do_send_datagram, Close: do_close,
         Heartbeat: do_heartbeat, Keep: do_keep, HangUp: do_hang_up,
-        Pair: do_pair, Resume: do_resume, Broker: do_broker, Store: do_store,
+        Pair: do_pair, Resume: do_resume, Arrange: do_arrange, Store: do_store,
         Later: do_later, Report: do_report, Tolerate: do_tolerate, Refuse: do_refuse,
     }
 
@@ -9056,7 +9125,7 @@ class Server:
         for word, count in self.lines_this_minute.items():
             if count > self.limits.log_lines:
                 more = count - self.limits.log_lines
-                self.log.warn(f"refused, {word}: {more} more in the last minute")
+                self.log.warn(f"{word}: {more} more in the last minute")
         self.lines_this_minute.clear()
 
     def tend_store(self):
@@ -9313,27 +9382,22 @@ class Server:
 
     # -- changes at run time ---------------------------------------------------
 
-    def change(self, name, text):
-        """Change a setting now and for good; None returns to what was
-        configured.
+    def change(self, **changes):
+        """Change settings now and for good; None for a text returns to what
+        was configured.
 
-        ValueError or ConfigTrouble if it cannot be, OSError if the disk does
-        not keep it: then nothing has changed.
+        ConfigTrouble if they cannot be, OSError if the disk does not keep
+        them: then nothing has changed.
         """
-        row = SETTINGS[canonical_name(name)]
-        if text is not None:
-            try:
-                if not text.isprintable():
-                    raise ValueError("it must be one line of text")
-                value = row.parse(text)
-            except ValueError as error:
-                raise ConfigTrouble(f"{row.name} = {text}: {error}") from None
-            if row.attribute == "limit":
-                trial = Config()
-                trial.limit = value
-                Limits(trial)  # ConfigTrouble if there is no such limit
-        save_changes(self.directory, {row.name: text})
-        self.take_config(self.load())
+        for attribute, text in changes.items():
+            if text is not None and not text.isprintable():
+                raise ConfigTrouble(f"{attribute} = {text!a}: it must be one line")
+        entries = merge_changes(read_changes(self.directory), {
+            SETTINGS[attribute].name: text for attribute, text in changes.items()})
+        config = self.load(entries)
+        Limits(config)  # ConfigTrouble if there is no such limit
+        save_changes(self.directory, entries)
+        self.take_config(config)
 
     def change_by_console(self, name=None, text=None):
         """What an official console does with a change."""
@@ -9341,7 +9405,7 @@ class Server:
             raise ReadOnly()
         if name is not None:
             try:
-                self.change(name, text)
+                self.change(**{canonical_name(name): text})
             except (ConfigTrouble, OSError) as trouble:
                 self.log.error(f"nothing is changed: {trouble}")
 
@@ -9366,7 +9430,7 @@ class Server:
         ask."""
         if self.store is not None and self.store.descriptor is None:
             return "degraded: the store cannot be written"
-        return "draining" if self.draining else "ok"
+        return "ok"
 
     def stop(self, reason):
         """Take no more connections; end when the sessions have, or --drain is
@@ -9488,7 +9552,7 @@ class Visit:
 
     def answer(self, reply):
         """Send the reply, as fast as it is taken."""
-        self.data = json.dumps(reply).encode() + b"\n"
+        self.data = memoryview(json.dumps(reply).encode() + b"\n")
         self.loop.watch(self.socket, WRITE, self.write)
 
     def write(self, events):
@@ -9639,11 +9703,15 @@ class Operator:
             answer({"columns": ["id", "address"], "rows": rows,
                     "said": f"{len(rows)} devices wait for approval"})
             return
-        (word,) = one_or_more(words, most=1)
-        if waiting.get(word) is None and word not in self.rendezvous.store.peers:
-            raise Mistake(f"no device {word} waits or is known")
+        word, ip = (*one_or_more(words, most=2), "")[:2]
+        applying = [one for one in self.rendezvous.applying(word) if ip in ("", one.ip)]
+        if word not in self.rendezvous.store.peers and len(applying) != 1:
+            addresses = ", ".join(one.ip for one in applying)
+            raise Mistake(f"{len(applying)} devices claim {word}: name the address of "
+                          f"yours behind it ({addresses})" if applying else
+                          f"no device {word} waits or is known")
         self.server.perform(self.rendezvous.approve(
-            word, lambda written: answer(outcome(written, f"{word} is approved"))))
+            word, ip, lambda written: answer(outcome(written, f"{word} is approved"))))
 
     # -- settings --------------------------------------------------------------
 
@@ -9665,9 +9733,8 @@ class Operator:
             if not remove:
                 ours.append(subject)
                 theirs = [entry for entry in theirs if entry != subject]
-            if theirs != list(getattr(config, other)):
-                self.server.change(other, ",".join(map(str, theirs)) or "-")
-            self.server.change(name, ",".join(map(str, ours)) or "-")
+            self.server.change(**{name: ",".join(map(str, ours)) or "-",
+                                  other: ",".join(map(str, theirs)) or "-"})
         answer({"columns": [name], "rows": [[str(entry)] for entry in ours],
                 "said": f"{len(ours)} entries of --{name}"})
 
@@ -9693,16 +9760,18 @@ class Operator:
         """Another number for a limit; `-` returns to what was configured."""
         attribute = canonical_name(name)
         if attribute in BANDWIDTH:
-            self.server.change(name, None if number == "-" else number)
+            self.server.change(**{attribute: None if number == "-" else number})
             return
-        changes = read_changes(self.server.directory).get("limit", "")
-        numbers = {canonical_name(one): value for one, value in parse_limits(changes)}
+        changes = [text for name, text, _ in read_changes(self.server.directory)
+                   if name == "limit"]
+        numbers = {canonical_name(one): value
+                   for text in changes for one, value in parse_limits(text)}
         numbers[attribute] = number
         if number == "-":
             del numbers[attribute]
         text = ",".join(f"{one.replace('_', '-')}={value}"
                         for one, value in numbers.items())
-        self.server.change("limit", text or None)
+        self.server.change(limit=text or None)
 
     def relay_servers(self, words, answer):
         """The relays that clients are sent to, and whether they answer."""
@@ -9711,7 +9780,7 @@ class Operator:
             return
         if words:
             self.server.change(
-                "relay-servers", None if words == ["-"] else ",".join(words))
+                relay_servers=None if words == ["-"] else ",".join(words))
         relays = self.rendezvous.relays
         rows = [[entry.name, str(entry.network or ""),
                  "answers" if entry.name in relays.healthy else "silent"]
@@ -9726,7 +9795,7 @@ class Operator:
             return
         if words:
             (word,) = one_or_more(words, most=1)
-            self.server.change("always-use-relay", None if word == "-" else word)
+            self.server.change(always_use_relay=None if word == "-" else word)
         on = self.server.config.always_use_relay
         answer({"said": f"always-use-relay is {'Y' if on else 'N'}"})
 
@@ -9773,6 +9842,14 @@ def outcome(written, said):
     """The reply to a change that had to be written."""
     return {"said": said} if written else {
         "fault": "the disk does not take it; nothing is changed"}
+
+
+def free_descriptors():
+    """How many connections may be open beside listeners, store and log."""
+    if resource is None:
+        return 1 << 30
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return 1 << 30 if most == resource.RLIM_INFINITY else max(16, most - 64)
 
 
 class Supervisor:
@@ -10466,7 +10543,7 @@ ORDERS = {
     "kick": (" ID|NUMBER", "end a device's route and sessions, or one session"),
     "forget": (" ID", "remove a device"),
     "reclaim": (" ID", "let the next device that claims an id have it"),
-    "approve": (" [ID]", "let a new or disabled device register"),
+    "approve": (" [ID [IP]]", "let a new or disabled device register"),
     "disable": (" ID", "serve a device no more"),
     "allow": (" [X [-]]", "ids and networks that are served (- takes one away)"),
     "refuse": (" [X [-]]", "ids and networks that are not"),
@@ -10525,8 +10602,8 @@ def run_role(command, arguments):
     role = command or "both"
     enter_directory(flags)
 
-    def load():
-        return load_config(role, flags, os.environ, ".")
+    def load(changes=None):
+        return load_config(role, flags, os.environ, ".", changes)
 
     log = None
     try:
@@ -10542,7 +10619,7 @@ def run_role(command, arguments):
         server.load = load
         server.open_listeners()
         if config.user:
-            become(config.user)
+            become(config.user, flags["directory"])
     except (ConfigTrouble, KeyTrouble, StartTrouble, DirectoryInUse) as trouble:
         if log is not None:
             log.flush()
@@ -10572,7 +10649,7 @@ def enter_directory(flags):
                              f"{error.strerror}") from None
 
 
-def become(name):
+def become(name, directory):
     """Go on as another user, who gets our files; StartTrouble if that can't
     be."""
     import pwd  # only here: not on Windows
@@ -10584,10 +10661,7 @@ def become(name):
     if os.geteuid() == user.pw_uid:
         return
     try:
-        for entry in os.scandir("."):
-            if entry.is_file(follow_symlinks=False) or entry.name.endswith(".door"):
-                os.chown(entry.name, user.pw_uid, user.pw_gid, follow_symlinks=False)
-        os.chown(".", user.pw_uid, user.pw_gid)
+        give_away(user, directory)
         os.initgroups(name, user.pw_gid)
         os.setgid(user.pw_gid)
         os.setuid(user.pw_uid)
@@ -10598,6 +10672,21 @@ def become(name):
         raise StartTrouble(f"user = {name}: this user cannot read the Python in "
                            f"{os.path.dirname(os.__file__)}, which is still needed: "
                            "start the server with one that everybody can read")
+
+
+def give_away(user, directory):
+    """Give our own files to a user, and the directory if `--directory` names
+    it; StartTrouble if it isn't the user's and we only happen to be there."""
+    if os.stat(".").st_uid != user.pw_uid and not directory:
+        raise StartTrouble(
+            f"user = {user.pw_name}: {os.getcwd()} does not belong to this user; name "
+            "the state directory by --directory, or run: chown "
+            f"{user.pw_name} {os.getcwd()}")
+    os.chown(".", user.pw_uid, user.pw_gid)
+    for name in OWN_FILES:
+        with contextlib.suppress(FileNotFoundError):
+            if os.lstat(name).st_nlink == 1:  # else it is somewhere else, too
+                os.chown(name, user.pw_uid, user.pw_gid, follow_symlinks=False)
 
 
 def open_log(config):
@@ -10935,6 +11024,12 @@ def keep_standard_descriptors():
             os.close(descriptor)
             return
 
+
+#: What this server has in its directory.
+OWN_FILES = (
+    KEY_FILE, PUBLIC_KEY_FILE, STORE_FILE, STORE_FILE + ".new", STORE_FILE + ".bad",
+    OFFICIAL_STORE_FILE, SLOWED_FILE, REFUSED_FILE, CHANGES_FILE, ".env",
+    ".hbbs.lock", ".hbbr.lock", *map(door_name, ("both", "hbbs", "hbbr")))
 
 #: Where a file without a name can be run from.
 DESCRIPTORS = "/proc/self/fd/"
