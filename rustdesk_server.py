@@ -7422,7 +7422,7 @@ class Connection(Link):
             self.pending = data
         elif self.listener is Listener.RELAY and self.server.ticket_secret and (
                 TICKETS_GREETING.startswith(data[:len(TICKETS_GREETING)])):
-            self.start(State.TICKETS, self.read_tickets, data)
+            self.start(State.TICKETS, self.read_frames, data)
         elif self.may_be_command(data):
             self.start(State.COMMAND, self.read_command, data)
         else:
@@ -7575,7 +7575,7 @@ class Connection(Link):
             self.refuse(refused)
 
     def read_frames(self):
-        """Frames, or more of a request head, have come."""
+        """Frames, tickets or more of a request head have come."""
         data = self.receive()
         if not data:
             self.on_nothing(data)
@@ -7658,14 +7658,6 @@ class Connection(Link):
         """There is nothing to be read any more."""
 
     # -- tickets ---------------------------------------------------------------
-
-    def read_tickets(self):
-        """More of what an ID server announces."""
-        data = self.receive()
-        if not data:
-            self.on_nothing(data)
-            return
-        self.take_in(data)
 
     def on_ticket_bytes(self, data):
         """Challenge the ID server, then take the tickets that it proves."""
@@ -9545,7 +9537,11 @@ class Visit:
         if b"\n" in self.data:
             self.loop.change(self.socket, READ, 0, None)
             line, self.data = self.data, b""
-            self.door.operator.obey(line, self.answer)
+            try:
+                self.door.operator.obey(line, self.answer)
+            except Exception:  # a fault of ours: who asks need not wait for nothing
+                self.socket.close()
+                raise
         elif not data or len(self.data) > Door.MAX_LINE_BYTES:
             self.loop.change(self.socket, READ, 0, None)
             self.socket.close()
