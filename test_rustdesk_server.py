@@ -746,7 +746,7 @@ class Measured:
         self.shares = [late - early for late, early in zip(after, self.before)]
         self.operations = load.done - self.done
         self.cpu = sum(self.shares)
-        self.busy = self.cpu / seconds
+        self.busy_each = [share / seconds for share in self.shares]
         self.latencies = sorted(load.latencies)
         self.rss_kib = self.memory_kib("VmHWM")
         return self
@@ -769,8 +769,10 @@ class Measured:
         return {
             "operations": round(self.operations, 1),
             "cpu_us": 1e6 * self.cpu / self.operations, "rate": self.rate,
-            "busy": self.busy, "p50_us": self.percentile_us(0.5),
-            "p99_us": self.percentile_us(0.99), "p999_us": self.percentile_us(0.999),
+            "busy": sum(self.busy_each), "busy_each": self.busy_each,  # by process
+            "p50_us": self.percentile_us(0.5),
+            "p99_us": self.percentile_us(0.99),
+            "p999_us": self.percentile_us(0.999),
             "rss_kib": self.rss_kib, "each_bytes": self.each_bytes}
 
 
