@@ -10592,8 +10592,20 @@ def build_parser(command):
     return parser
 
 
+def collect_seldom():
+    """Let the garbage collector look through everything a hundred times less
+    often.
+
+    At 200,000 new peers that stopped the server for 0.18 s each time, and it
+    found nothing: what is closed here refers to itself no more.
+    """
+    if hasattr(gc, "freeze"):  # PyPy's collector is another one
+        gc.set_threshold(*gc.get_threshold()[:2], 1000)
+
+
 def run_role(command, arguments):
     """Run a server until it is told to stop; returns the exit status."""
+    collect_seldom()
     flags = vars(build_parser(command).parse_args(arguments))
     role = command or "both"
     enter_directory(flags)
