@@ -216,6 +216,8 @@ MAX_DEVICE_UUID_BYTES = 256
 #: like another message that the same key signs.
 PUBLIC_KEY_BYTES = 32
 MAX_SESSION_UUID_BYTES = 512
+#: What is kept of a client's version for the operator.
+MAX_VERSION_CHARACTERS = 40
 #: A host name (RFC 1035 2.3.4) with a port.
 MAX_HOST_BYTES = 262
 
@@ -4641,8 +4643,18 @@ class PunchRecord(collections.namedtuple(
     __slots__ = ()
 
 
+class Attempt(collections.namedtuple("Attempt", "at word text")):
+    """How one attempt to register, or to reach a peer, has ended."""
+
+    __slots__ = ()
+
+
 class Attempts:
-    """Counters of every outcome, and the last requests and address changes."""
+    """Counters of every outcome, what became of the last attempts by id, and
+    the last requests and address changes."""
+
+    #: Attempts kept for an id, ids, and how long after the last one.
+    KEPT_ATTEMPTS, KEPT_IDS, ATTEMPTS_SECONDS = 10, 5000, 86400.0
 
     #: The official server lists a repetition within a minute only once, and
     #: looks for it among its last 30 entries.
@@ -4652,12 +4664,22 @@ class Attempts:
 
     def __init__(self):
         self.counters = collections.Counter()
+        self.by_id = ExpiringTable(self.ATTEMPTS_SECONDS, self.KEPT_IDS)
         self.punch_requests = collections.deque(maxlen=self.KEPT_REQUESTS)
         self.changes = ExpiringTable(self.CHANGES_SECONDS, self.KEPT_CHANGES)
 
     def count(self, word):
         """One more of an outcome."""
         self.counters[word] += 1
+
+    def note(self, peer_id, word, text, now):
+        """Remember how an attempt that is about an id has ended."""
+        last = self.by_id.get(peer_id)
+        if last is None:
+            self.by_id.expire(now)
+            last = collections.deque(maxlen=self.KEPT_ATTEMPTS)
+        last.append(Attempt(now, word, text))
+        self.by_id.put(peer_id, last, now)
 
     def note_punch(self, initiator_ip, peer_id, target_ip, now):
         """Remember who asked for whom."""
@@ -4847,17 +4869,18 @@ Pair = collections.namedtuple("Pair", "session")
 Store = collections.namedtuple("Store", "peer replaces then otherwise")
 #: Do `then` in so many seconds.
 Later = collections.namedtuple("Later", "seconds then")
-#: Count an outcome and log it in a line.
-Report = collections.namedtuple("Report", "word text")
+#: Count an outcome and log it in a line; `peer_id` is whom it is about, so
+#: that it is found among that peer's last attempts.
+Report = collections.namedtuple("Report", "word text peer_id", defaults=("",))
 #: A session was arranged: let the relay carry it.  Where `needs_key` is true
 #: the initiator has yet to show there that it has the key.
 Arrange = collections.namedtuple("Arrange", "session_uuid peer_id needs_key")
 #: Let the flows of a session move bytes again.
 Resume = collections.namedtuple("Resume", "session")
 #: Count what was let pass though it could have been refused, and log it.
-Tolerate = collections.namedtuple("Tolerate", "refusal text")
+Tolerate = collections.namedtuple("Tolerate", "refusal text peer_id", defaults=("",))
 #: Count a refusal and log it, no more than so often.
-Refuse = collections.namedtuple("Refuse", "refusal text")
+Refuse = collections.namedtuple("Refuse", "refusal text peer_id", defaults=("",))
 
 
 # == 13. Rendezvous ============================================================
@@ -4910,7 +4933,7 @@ class Registration:
     """A peer's fresh route and when it was seen: datagrams, or a link of its
     own."""
 
-    __slots__ = ("address", "sockaddr", "link", "seen", "datagram")
+    __slots__ = ("address", "sockaddr", "link", "seen", "datagram", "version")
 
     def __init__(self, origin, seen):
         self.address = origin.address
@@ -4918,6 +4941,14 @@ class Registration:
         self.link = origin.link  # or the link that it holds
         self.seen = seen
         self.datagram = None  # the RegisterPeer that renews it, byte for byte
+        self.version = ""  # of the client, as it last told
+
+    @property
+    def transport(self):
+        """How the peer is connected, for the operator."""
+        if self.link is None:
+            return "UDP"
+        return "WebSocket" if self.link.is_websocket else "TCP"
 
     def is_from(self, origin):
         """Whether a message came by this very route."""
@@ -5122,14 +5153,22 @@ class Rendezvous:
             return
         if not request.uuid or not request.pk:
             text = f"{show(request.id)} from {origin.address}"
-            yield Refuse(Refusal.NO_DEVICE_UUID, text)
+            yield Refuse(Refusal.NO_DEVICE_UUID, text, request.id)
             return
         result, refusal = self.judge_claim(request, origin, now)
         if refusal is not None:
-            yield Refuse(refusal, f"{show(request.id)} from {origin.address}")
+            text = f"{show(request.id)} from {origin.address}"
+            yield Refuse(refusal, f"{text}{self.rivals(request, refusal)}", request.id)
             yield reply(origin, RegisterPkResponse(result=result))
             return
         yield from self.accept_claim(request, origin, now)
+
+    def rivals(self, request, refusal):
+        """What else is known of an id that two devices claim."""
+        known = self.store.peers.get(request.id)
+        if refusal is not Refusal.DEVICE_MISMATCH or known is None:
+            return ""
+        return f": another device, last at {known.ip or 'an unknown address'}, has it"
 
     def judge_claim(self, request, origin, now):
         """The result and refusal for a RegisterPk; (OK, None) if it may
@@ -5222,7 +5261,8 @@ class Rendezvous:
                 yield from self.record_claim(request, origin, later)
             else:
                 yield Refuse(Refusal.OLD_ROUTE_LIVES, (
-                    f"{request.id!a} from {origin.address}: {old.address} answers"))
+                    f"{request.id!a} from {origin.address}: {old.address} answers"),
+                    request.id)
                 yield reply(origin, RegisterPkResponse(result=Result.TOO_FREQUENT))
 
         yield Later(ROUTE_CHECK_SECONDS, decide)
@@ -5252,7 +5292,8 @@ class Rendezvous:
                 # Only its address is new: that may be forgotten.
                 yield from self.register(known, origin, later)
                 return
-            yield Refuse(Refusal.STORE_FAILED, f"{request.id!a} from {origin.address}")
+            text = f"{request.id!a} from {origin.address}"
+            yield Refuse(Refusal.STORE_FAILED, text, request.id)
             yield reply(origin, RegisterPkResponse(result=Result.SERVER_ERROR))
 
         yield Store(peer, None, written, failed)
@@ -5263,7 +5304,8 @@ class Rendezvous:
             return  # while its record was written
         barred = self.bar(peer.peer_id, self.store.peers.get(peer.peer_id))
         if barred is not None:  # meanwhile
-            yield Refuse(barred, f"{peer.peer_id!a} from {origin.address}")
+            text = f"{peer.peer_id!a} from {origin.address}"
+            yield Refuse(barred, text, peer.peer_id)
             yield reply(origin, RegisterPkResponse(result=Result.NOT_DEPLOYED))
             return
         registration = self.registrations.get(peer.peer_id)
@@ -5272,7 +5314,8 @@ class Rendezvous:
             registration = Registration(origin, now)
             self.registrations[peer.peer_id] = registration
             by = origin.listener.value
-            yield Report("registered", f"{peer.peer_id!a} is at {origin.address}, {by}")
+            yield Report("registered", f"{peer.peer_id!a} is at {origin.address}, {by}",
+                         peer.peer_id)
             yield from self.watch_gateway(origin.address.ip)
         elif peer.peer_id in self.moving:
             self.moving[peer.peer_id] = True
@@ -5470,20 +5513,21 @@ class Rendezvous:
         text = f"{origin.address} asked for {show(request.id)}"
         fault, policy = self.key.fault_of(request.licence_key), self.config.key_policy
         if fault is not None and policy in (None, "require"):
-            yield Refuse(fault, text)
+            yield Refuse(fault, text, request.id)
             mismatch = PunchHoleResponse(failure=Failure.LICENSE_MISMATCH)
             yield Send(origin.link, mismatch)
             return
         if fault is not None and policy == "warn":
-            yield Tolerate(fault, text)
+            yield Tolerate(fault, text, request.id)
         if not self.admits_request(request.id, origin.link.place, now):
-            yield Refuse(Refusal.TOO_MANY_REQUESTS, text)
+            yield Refuse(Refusal.TOO_MANY_REQUESTS, text, request.id)
             yield Send(origin.link, PunchHoleResponse(other_failure=TOO_FREQUENT_TEXT))
             return
         target = self.online(request.id, now)
         if target is None:
             refusal, failure, _ = self.absence(request.id)
-            yield Refuse(refusal, text)
+            yield Refuse(refusal, f"{text}{self.last_heard(request.id, refusal, now)}",
+                         request.id)
             yield Send(origin.link, PunchHoleResponse(failure=failure))
             return
         yield from self.call(request, origin, target, now)
@@ -5522,6 +5566,18 @@ class Rendezvous:
         if peer_id in self.store.peers:
             return Refusal.OFFLINE, Failure.OFFLINE, OFFLINE_TEXT
         return Refusal.UNKNOWN_ID, Failure.ID_NOT_EXIST, UNKNOWN_ID_TEXT
+
+    def last_heard(self, peer_id, refusal, now):
+        """How long a peer that is offline has been silent."""
+        registration = self.registrations.get(peer_id)
+        if refusal is not Refusal.OFFLINE:
+            return ""
+        if registration is None:
+            minutes = FORGET_ROUTE_SECONDS / 60
+            return (f", which has not been heard of for {minutes:.0f} minutes or since "
+                    "this server's start")
+        return (f", last heard of {now - registration.seen:.0f} s ago by "
+                f"{registration.transport} from {registration.address}")
 
     def await_answer(self, origin, peer_id, now):
         """The `Awaited` of a link for a peer: the one under way, or a new one.
@@ -5693,7 +5749,7 @@ class Rendezvous:
         awaited.answered = True
         address = origin.address
         text = f"{awaited.link.address} got the UDP address {address} of {answer.id!a}"
-        yield Report("introduced", text)
+        yield Report("introduced", text, awaited.peer_id)
         yield Send(awaited.link, self.punch_response(awaited, answer, origin))
 
     def on_local_addr(self, answer, origin, now):
@@ -5732,7 +5788,8 @@ class Rendezvous:
         awaited.answered = True
 
         def answer(later):
-            yield Report("introduced", f"{awaited.link.address} got the {text}")
+            yield Report("introduced", f"{awaited.link.address} got the {text}",
+                         awaited.peer_id)
             yield Send(awaited.link, response)
 
         yield HangUp(origin.link, answer)
@@ -5752,7 +5809,7 @@ class Rendezvous:
         if answer.id:
             response.pk = self.signed_identity(awaited, answer)
         text = f"{awaited.link.address} meets {awaited.peer_id!a} at the relay"
-        yield Report("relay-arranged", text)
+        yield Report("relay-arranged", text, awaited.peer_id)
         if awaited.call is not Call.RELAY and usable_session_uuid(answer.uuid):
             yield Arrange(answer.uuid, awaited.peer_id, False)
         yield Send(awaited.link, response)
@@ -5766,13 +5823,14 @@ class Rendezvous:
         """
         text = f"{origin.address} wants to relay to {show(request.id)}"
         if not self.admits_request(request.id, origin.link.place, now):
-            yield Refuse(Refusal.TOO_MANY_REQUESTS, text)
+            yield Refuse(Refusal.TOO_MANY_REQUESTS, text, request.id)
             yield Send(origin.link, RelayResponse(refuse_reason=TOO_FREQUENT_TEXT))
             return
         target = self.online(request.id, now)
         if target is None:
             refusal, _, reason = self.absence(request.id)
-            yield Refuse(refusal, text)
+            yield Refuse(refusal, f"{text}{self.last_heard(request.id, refusal, now)}",
+                         request.id)
             yield Send(origin.link, RelayResponse(refuse_reason=reason))
             return
         if not usable_session_uuid(request.uuid):
@@ -5829,6 +5887,9 @@ class Rendezvous:
         A B without a version is too old to encrypt; with a pk A would try.
         """
         peer = self.store.peers.get(answer.id)
+        registration = self.registrations.get(answer.id)
+        if registration is not None:
+            registration.version = answer.version[:MAX_VERSION_CHARACTERS]
         if peer is None or not answer.version or not awaited.vouched:
             return b""
         if peer.signed is None:
@@ -5879,7 +5940,7 @@ class Rendezvous:
                 else:
                     message = PunchHoleResponse(failure=Failure.OFFLINE)
                 text = f"{peer_id!a} left {awaited.link.address}"
-                yield Refuse(Refusal.OFFLINE, text)
+                yield Refuse(Refusal.OFFLINE, text, peer_id)
                 yield Send(awaited.link, message)
 
     def tick(self, now):
@@ -5975,11 +6036,12 @@ class Rendezvous:
         awaited.answered = True
         peer_id, address = awaited.peer_id, awaited.link.address
         if now - awaited.since < CALL_SECONDS:
-            yield Refuse(Refusal.INITIATOR_LEFT, f"{address}, which called {peer_id!a}")
+            yield Refuse(Refusal.INITIATOR_LEFT,
+                         f"{address}, which called {peer_id!a}", peer_id)
         else:
             yield Refuse(Refusal.NO_ANSWER, (
                 f"{peer_id!a} was called {awaited.calls} times for {address}; are its "
-                "UDP and TCP paths to us open?"))
+                "UDP and TCP paths to us open?"), peer_id)
 
     ACCEPTS = {
         Listener.UDP: {
@@ -6144,6 +6206,12 @@ def towards(request):
     return f" to {request.id[:MAX_ID_BYTES]!a}" if request.id else ""
 
 
+def side(link):
+    """Which end of a session a relay link is: initiators name their peer."""
+    who = "the initiator" if link.errand.id else "the controlled device"
+    return f"{who} at {link.address}"
+
+
 class Relay:
     """The state of the relay, and what it does with each link."""
 
@@ -6201,8 +6269,15 @@ class Relay:
         """Refuse a link and end it."""
         request, link.errand = link.errand, None
         where = f"{link.address}{towards(request)}"
-        yield Refuse(refusal, f"relay link from {where}{detail}")
+        yield Refuse(refusal, f"relay link from {where}{detail}",
+                     self.peer_of(request))
         yield Close(link)
+
+    def peer_of(self, request):
+        """Whom a relay link is about, as far as is known: its initiator says
+        so, or its ticket."""
+        ticket = self.ticket(request.uuid)
+        return request.id[:MAX_ID_BYTES] or (ticket.peer_id if ticket else "")
 
     # -- tickets ---------------------------------------------------------------
 
@@ -6362,18 +6437,20 @@ class Relay:
         seconds, first, second = now - session.started, session.first, session.second
         yield Report(word, (
             f"session {session.number} of {first.address} and {second.address} after "
-            f"{seconds:.1f} s, {session.carried / 1e6:.2f} MB"))
+            f"{seconds:.1f} s, {session.carried / 1e6:.2f} MB"), session.peer_id)
 
     def on_link_closed(self, link, now):
         """A link has ended before it was paired."""
         if link in self.early.entries:
             self.leave_early(link)
             yield Refuse(Refusal.NO_TICKET, (
-                f"relay link from {link.address} left before its session was arranged"))
+                f"relay link from {link.address} left before its session was arranged"),
+                link.errand.id[:MAX_ID_BYTES])
         if self.waiting.get(link.errand.uuid) is link:
             self.stop_waiting(link.errand.uuid)
-            yield Refuse(Refusal.LONELY, f"relay link from {link.address} left before "
-                                         "its partner came")
+            yield Refuse(Refusal.LONELY, (
+                f"relay link from {side(link)} left before its partner came"),
+                self.peer_of(link.errand))
 
     def tick(self, now):
         """Once a second: lonely links end, sessions are measured."""
@@ -6386,8 +6463,8 @@ class Relay:
         for _, link in self.waiting.expire(now):
             self.waiting_at.remove(link.place)
             yield from self.turn_away(link, Refusal.LONELY, (
-                f": its partner did not come in {self.waiting.seconds:.0f} s; can the "
-                "other end reach this port?"))
+                f": it is {side(link)}, and the other end did not come in "
+                f"{self.waiting.seconds:.0f} s; can that reach this port?"))
         for session in list(self.sessions.values()):
             session.settle()
             session.measure(now)
@@ -8997,17 +9074,25 @@ class Server:
     def do_report(self, action):
         """Count an outcome and log it."""
         self.attempts.count(action.word)
+        self.note(action.peer_id, action.word, action.text)
         level = "warn" if action.word in WARNINGS else "info"
         self.log.write(level, f"{action.word}: {action.text}")
+
+    def note(self, peer_id, word, text):
+        """Let an outcome be found among the last attempts of an id."""
+        if peer_id:
+            self.attempts.note(peer_id[:MAX_ID_BYTES], word, text, self.loop.now)
 
     def do_tolerate(self, action):
         """Count what was let pass, and log it, no more than so often."""
         word = f"tolerated-{action.refusal.value}"
+        self.note(action.peer_id, word, action.text)
         if self.may_log(word):
             self.log.warn(f"{word}: {action.text}")
 
     def do_refuse(self, action):
         """Count a refusal and log it."""
+        self.note(action.peer_id, action.refusal.value, action.text)
         self.refuse(action.refusal, action.text)
 
     PERFORM = {
@@ -9622,10 +9707,34 @@ class Operator:
         if registration is None:
             seen = time.strftime("%Y-%m-%d %H:%M", time.localtime(peer.seen))
             return [peer.peer_id, state, peer.ip, "", seen if peer.seen else ""]
-        kind = "UDP" if registration.link is None else (
-            "WebSocket" if registration.link.is_websocket else "TCP")
-        return [peer.peer_id, state, str(registration.address), kind,
+        return [peer.peer_id, state, str(registration.address), registration.transport,
                 f"{now - registration.seen:.0f} s ago"]
+
+    def status(self, words, answer):
+        """What goes on, or what became of the last attempts about an id."""
+        if words:
+            (peer_id,) = one_or_more(words, most=1)
+            answer(self.status_of(peer_id))
+            return
+        rows = [[word, count] for word, count in sorted(
+            self.server.attempts.counters.items())]
+        answer({"columns": ["outcome", "since the start"], "rows": rows,
+                "said": f"{self.server.health()}, version {VERSION}, "
+                        f"{self.server.summary()}, "
+                        f"{len(self.server.crowd.links)} connections"})
+
+    def status_of(self, peer_id):
+        """One id: its route and how the last attempts about it ended."""
+        now, said = self.server.loop.now, f"nobody registered {show(peer_id)} here"
+        if self.rendezvous is not None and peer_id in self.rendezvous.store.peers:
+            row = self.peer_row(self.rendezvous.store.peers[peer_id])
+            registration = self.rendezvous.registrations.get(peer_id)
+            version = registration.version if registration else ""
+            said = ", ".join(filter(None, [*row, version and f"version {version}"]))
+        attempts = self.server.attempts.by_id.get(peer_id) or ()
+        rows = [[f"{now - attempt.at:.0f} s ago", attempt.word, attempt.text]
+                for attempt in reversed(attempts)]
+        return {"columns": ["when", "outcome", "how"], "rows": rows, "said": said}
 
     def sessions(self, words, answer):
         """Every relayed session."""
@@ -9802,10 +9911,11 @@ class Operator:
         answer(fault if why else {"said": "read again"})
 
     COMMANDS = {
-        "peers": peers, "sessions": sessions, "kick": kick, "forget": forget,
-        "reclaim": reclaim, "approve": approve, "disable": disable, "allow": allow,
-        "refuse": refuse, "limits": limits, "relay-servers": relay_servers,
-        "always-use-relay": always_use_relay, "reload": reload,
+        "status": status, "peers": peers, "sessions": sessions, "kick": kick,
+        "forget": forget, "reclaim": reclaim, "approve": approve, "disable": disable,
+        "allow": allow, "refuse": refuse, "limits": limits,
+        "relay-servers": relay_servers, "always-use-relay": always_use_relay,
+        "reload": reload,
     }
 
 
@@ -10534,6 +10644,7 @@ ROLES = {
 
 #: What can be asked of a running server: operands and meaning.
 ORDERS = {
+    "status": (" [ID]", "what goes on, or how the last attempts about an id ended"),
     "peers": (" [ID...]", "the devices, where they are and when they were seen"),
     "sessions": ("", "the relayed sessions"),
     "kick": (" ID|NUMBER", "end a device's route and sessions, or one session"),
