@@ -3499,7 +3499,7 @@ setting("console", "", one_of("off", "read", "full"), None, "MODE",
         "`--trusted-proxy` is given, since strangers then come from this machine).")
 setting("user", "", parse_text, "", "NAME",
         "Started as root: the user to run as, once the ports are open. The files of "
-        "this server become the user's, and the directory if `--directory` names it.")
+        "this server, and its directory, become the user's.")
 setting("directory", "", parse_text, "", "DIR",
         "Where key, peers and lists are kept (the working directory); made with mode "
         "0700 if it is missing.")
@@ -10794,13 +10794,15 @@ def become(name, directory):
 
 
 def give_away(user, directory):
-    """Give our own files to a user, and the directory if `--directory` names
-    it; StartTrouble if it isn't the user's and we only happen to be there."""
-    if os.stat(".").st_uid != user.pw_uid and not directory:
+    """Give our own files to a user, and the directory; StartTrouble if that is
+    neither the user's nor named by `--directory`, and has folders in it as no
+    state directory has: somebody's home, perhaps."""
+    if os.stat(".").st_uid != user.pw_uid and not directory and any(
+            entry.is_dir() for entry in os.scandir(".")):
         raise StartTrouble(
-            f"user = {user.pw_name}: {os.getcwd()} does not belong to this user; name "
-            "the state directory by --directory, or run: chown "
-            f"{user.pw_name} {os.getcwd()}")
+            f"user = {user.pw_name}: {os.getcwd()} belongs to another user and holds "
+            "more than this server's files; name a state directory by --directory, or "
+            f"run: chown {user.pw_name} {os.getcwd()}")
     os.chown(".", user.pw_uid, user.pw_gid)
     for name in OWN_FILES:
         with contextlib.suppress(FileNotFoundError):

@@ -15886,8 +15886,8 @@ def test_server_goes_on_as_another_user_who_gets_its_files():
         os.chmod(folder, 0o755)
         directory = os.path.join(folder, "state")
         os.mkdir(directory, 0o700)
-        with ServerProcess("--user", "nobody", "--directory", directory,
-                           directory=directory, python=[python]) as server:
+        with ServerProcess("--user", "nobody", directory=directory,
+                           python=[python]) as server:
             with open(f"/proc/{server.process.pid}/status", encoding="ascii") as file:
                 ids = dict(re.findall(r"(?m)^(Uid|Gid|Groups):\s*(.*)$", file.read()))
             assert ids["Uid"].split() == [str(nobody.pw_uid)] * 4
@@ -15905,6 +15905,17 @@ def test_user_that_cannot_be_ends_the_start_with_a_sentence():
     ended = run_server("-p", "0", "--user", "no-such-user")
     assert (ended.returncode, "user = no-such-user: this system has no such user"
             in ended.stdout) == (1, True)
+
+
+@as_root
+def test_somebodys_home_is_not_given_to_another_user():
+    with tempfile.TemporaryDirectory() as folder:
+        os.mkdir(os.path.join(folder, "documents"))
+        ended = run_server("-p", "0", "-b", "127.0.0.1", "--user", "nobody",
+                           directory=folder)
+        assert ended.returncode == 1
+        assert re.search("user = nobody: .* belongs to another user", ended.stdout)
+        assert os.stat(folder).st_uid == 0
 
 
 @as_root
