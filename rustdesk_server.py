@@ -8536,7 +8536,7 @@ class Server:
         self.consoles = {}  # Listener -> console
         self.accepts = {}  # Listener -> {message class: handler}
         self.pipes = {}  # session number -> the two pipes
-        self.stores = []  # `Store` actions of this turn
+        self.keeper = None  # of the store
         self.lines_this_minute = collections.Counter()  # of each refusal
         all_links = 1 << 30  # the crowd is bounded by itself
         self.first_patience = self.limits.table("first_frame_seconds", all_links)
@@ -8555,9 +8555,6 @@ class Server:
         self.tls = self.load_certificate()
         self.ticks = 0
         self.silent_relays = set()
-        self.syncing = False
-        self.compact_after = 0.0  # not before, since it failed
-        self.unsaved = []  # peer ids whose last-seen time is looked at next
         if role != "hbbr":
             self.create_rendezvous()
         if role != "hbbs":
@@ -8633,7 +8630,8 @@ class Server:
         except OSError as error:
             raise StartTrouble(f"cannot read {self.store.path}: {error.strerror}; it "
                                "holds the known peers") from None
-        self.report_store()
+        self.keeper = StoreKeeper(self, self.store)
+        self.keeper.open()
         self.rendezvous = Rendezvous(
             self.config, key, self.store, self.attempts, self.limits, os.urandom)
         self.find_local_relay()
@@ -8680,24 +8678,6 @@ class Server:
                 self.log.warn("--mask is given, but no address of this machine in that "
                               "network is found: name it by --local-ip")
         self.rendezvous.local_relay = found
-
-    def report_store(self):
-        """Open the store for writing, and say what was found in it."""
-        store = self.store
-        if store.torn:
-            self.log.warn(f"{store.path}: the last line was not finished and is moved "
-                          f"to {store.path}.bad: {store.torn[:80]!a}")
-        for number, why, _ in store.bad_lines[:5]:
-            self.log.warn(f"{store.path} line {number} is passed over and kept in "
-                          f"{store.path}.bad: {why}")
-        if len(store.bad_lines) > 5:
-            self.log.warn(f"{store.path}: {len(store.bad_lines)} bad lines in all")
-        try:
-            store.open()
-        except OSError as error:
-            self.log.error(f"cannot write {store.path}: {error.strerror}; known peers "
-                           "are served, new ones are refused until it can be written")
-        self.log.info(f"{len(store.peers)} peers known")
 
     def create_relay(self):
         """The relay: its key, its lists of addresses, its role."""
@@ -9064,7 +9044,7 @@ class Server:
 
     def do_store(self, action):
         """Write a peer at the end of this turn."""
-        self.stores.append(action)
+        self.keeper.pending.append(action)
 
     def do_later(self, action):
         """Go on in a while."""
@@ -9143,28 +9123,9 @@ class Server:
     def on_turn(self):
         """After every turn: records to the disk, then answers; lines to the
         log."""
-        while self.stores:
-            stores, self.stores = self.stores, []
-            self.write_stores(stores)
+        if self.keeper is not None:
+            self.keeper.write()
         self.log.flush()
-
-    def write_stores(self, stores):
-        """Append records, then go on as each action says."""
-        wall = int(time.time())
-        for action in stores:
-            action.peer.created = action.peer.created or wall
-            action.peer.seen = wall  # so that it costs no second line
-        try:
-            self.store.append([(action.peer, action.replaces) for action in stores])
-        except OSError as error:
-            if self.may_log("disk"):
-                self.log.error(f"cannot write {self.store.path}: {error.strerror}; new "
-                               "peers are refused until the disk takes them")
-            answers = [action.otherwise for action in stores]
-        else:
-            answers = [action.then for action in stores]
-        for answer in answers:
-            self.loop.attempt(lambda: self.perform(answer(self.loop.now)))
 
     def tick(self):
         """Once a second."""
@@ -9180,8 +9141,8 @@ class Server:
             if role is not None:
                 self.perform(role.tick(now))
         if self.store is not None:
-            self.tend_store()
-            self.save_some_seen()
+            self.keeper.tend()
+            self.keeper.save_some_seen()
         if self.draining and not self.relay.sessions:
             self.loop.stop()
         self.supervisor.beat(now, self.summary)
@@ -9205,53 +9166,6 @@ class Server:
                 self.log.warn(f"{word}: {more} more in the last minute")
         self.lines_this_minute.clear()
 
-    def tend_store(self):
-        """Let appended records reach the disk, and write the file anew when it
-        pays."""
-        store = self.store
-        if store.unsynced and not self.syncing:
-            self.syncing = True
-            self.helper.run(store.sync, self.on_synced)
-        if self.ticks % 10 == 0:
-            self.check_store_file()
-        if store.descriptor is None:
-            self.reopen_store()
-        elif store.needs_compaction() and self.loop.now >= self.compact_after:
-            self.begin_compaction()
-
-    def save_some_seen(self):
-        """Second by second some of the peers: when they were seen last, to the
-        hour.
-
-        A peer that stays costs the disk a line an hour, a peer that is gone
-        nothing.
-        """
-        if not self.unsaved:
-            self.unsaved = list(self.rendezvous.registrations)
-        part, self.unsaved = self.unsaved[:SEEN_SLICE], self.unsaved[SEEN_SLICE:]
-        self.save_seen(part)
-
-    def save_seen(self, peer_ids):
-        """Store when peers were seen last, an hour or more after what is
-        stored."""
-        wall, now, before = int(time.time()), self.loop.now, {}
-        for peer_id in peer_ids:
-            peer = self.store.peers.get(peer_id)
-            registration = self.rendezvous.registrations.get(peer_id)
-            if peer is None or registration is None:
-                continue
-            seen = wall - int(now - registration.seen)
-            if abs(seen - peer.seen) >= SEEN_SECONDS:
-                before[peer], peer.seen = peer.seen, seen
-            if now - registration.seen > FORGET_ROUTE_SECONDS:
-                self.rendezvous.end_route(peer_id)
-        try:
-            if before:
-                self.store.append([(peer, None) for peer in before])
-        except OSError:  # it is tried again; who waits for a record is told
-            for peer, seen in before.items():
-                peer.seen = seen
-
     def summary(self):
         """What goes on, for the supervisor's status line."""
         parts = []
@@ -9260,77 +9174,6 @@ class Server:
         if self.relay is not None:
             parts.append(f"{len(self.relay.sessions)} sessions relayed")
         return ", ".join(parts)
-
-    def check_store_file(self):
-        """Somebody has replaced, removed or emptied the file: ours must be
-        there again."""
-        store = self.store
-        if store.compaction is None and store.is_lost():
-            self.log.error(f"{store.path} was removed, replaced or cut under the "
-                           "running server: it is written anew with what is known "
-                           "here.  Stop the server before you change it")
-            self.begin_compaction()
-
-    def on_synced(self, result):
-        """The disk has it, or cannot take it."""
-        self.syncing = False
-        if isinstance(result, Exception):
-            self.log.error(f"cannot sync {self.store.path}: {result}")
-
-    def reopen_store(self):
-        """The store could not be opened: try again, quietly."""
-        try:
-            if os.path.exists(self.store.path):
-                self.store.load()  # it may have come from elsewhere meanwhile
-            self.store.open()
-            self.log.info(f"{self.store.path} can be written again")
-        except OSError:
-            pass  # said at the start, and new peers are told
-
-    def begin_compaction(self):
-        """Write the store anew, in slices between the turns."""
-        compaction = Compaction(self.store)
-        try:
-            compaction.begin()
-        except OSError as error:
-            self.give_up_compaction(compaction, error)
-            return
-        self.loop.later(0.0, lambda: self.go_on_compacting(compaction))
-
-    def go_on_compacting(self, compaction):
-        """The next slice; after the last the helper syncs it."""
-        if self.store.compaction is not compaction:
-            return
-        try:
-            complete = compaction.step()
-        except OSError as error:
-            self.give_up_compaction(compaction, error)
-            return
-        if complete:
-            self.helper.run(compaction.sync,
-                            lambda result: self.end_compaction(compaction, result))
-        else:
-            self.loop.later(0.0, lambda: self.go_on_compacting(compaction))
-
-    def end_compaction(self, compaction, result):
-        """The new file is on the disk: let it replace the old one."""
-        if self.store.compaction is not compaction:
-            return
-        try:
-            if isinstance(result, Exception):
-                raise result
-            old = compaction.finish()
-        except OSError as error:
-            self.give_up_compaction(compaction, error)
-            return
-        path = self.store.path
-        self.helper.run(lambda: (os.close(old), sync_directory(path)), self.on_synced)
-
-    def give_up_compaction(self, compaction, error):
-        """The disk does not take a new file: the old one stays in force."""
-        compaction.abandon()
-        self.compact_after = self.loop.now + COMPACT_AGAIN_SECONDS
-        self.log.error(f"cannot write {self.store.path} anew: {error.strerror}")
 
     def check_relays(self):
         """Try the relays of the list; names take long, so in a thread of their
@@ -9527,17 +9370,6 @@ class Server:
         self.listeners = []
         self.loop.later(seconds, self.loop.stop)
 
-    def close_store(self):
-        """Let the disk have everything; here, since the helper may be at
-        something."""
-        if self.store.compaction is not None:
-            self.store.compaction.abandon()
-        try:
-            self.store.sync()
-        except OSError as error:
-            self.on_synced(error)
-        self.store.close()
-
     def close(self):
         """End every session and connection, and let the disk have
         everything."""
@@ -9554,8 +9386,8 @@ class Server:
             if sessions:
                 self.log.warn(f"{len(sessions)} sessions were cut")
         if self.store is not None:
-            self.save_seen(list(self.rendezvous.registrations))
-            self.close_store()
+            self.keeper.save_seen(list(self.rendezvous.registrations))
+            self.keeper.close()
         self.log.info("stopped")
         self.log.flush()
 
@@ -9956,6 +9788,193 @@ def free_descriptors():
         return 1 << 30
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return 1 << 30 if most == resource.RLIM_INFINITY else max(16, most - 64)
+
+
+class StoreKeeper:
+    """Keeps the peer store on the disk: records before the answers that promise
+    them, and in spare moments what may wait."""
+
+    def __init__(self, server, store):
+        self.server = server
+        self.log, self.loop = server.log, server.loop
+        self.store = store
+        self.pending = []  # `Store` actions of this turn
+        self.syncing = False
+        self.compact_after = 0.0  # not before, since it failed
+        self.unsaved = []  # peer ids whose last-seen time is looked at next
+
+    def open(self):
+        """Open the store for writing, and say what was found in it."""
+        store = self.store
+        if store.torn:
+            self.log.warn(f"{store.path}: the last line was not finished and is moved "
+                          f"to {store.path}.bad: {store.torn[:80]!a}")
+        for number, why, _ in store.bad_lines[:5]:
+            self.log.warn(f"{store.path} line {number} is passed over and kept in "
+                          f"{store.path}.bad: {why}")
+        if len(store.bad_lines) > 5:
+            self.log.warn(f"{store.path}: {len(store.bad_lines)} bad lines in all")
+        try:
+            store.open()
+        except OSError as error:
+            self.log.error(f"cannot write {store.path}: {error.strerror}; known peers "
+                           "are served, new ones are refused until it can be written")
+        self.log.info(f"{len(store.peers)} peers known")
+
+    def write(self):
+        """Append the records that have come in this turn, then go on as each
+        action says, which may bring more."""
+        while self.pending:
+            actions, self.pending = self.pending, []
+            self.write_down(actions)
+
+    def write_down(self, actions):
+        """Append records, then go on as their actions say."""
+        wall = int(time.time())
+        for action in actions:
+            if not action.peer.created:
+                action.peer.created = action.peer.seen = wall
+        try:
+            self.store.append([(action.peer, action.replaces) for action in actions])
+        except OSError as error:
+            if self.server.may_log("disk"):
+                self.log.error(f"cannot write {self.store.path}: {error.strerror}; new "
+                               "peers are refused until the disk takes them")
+            answers = [action.otherwise for action in actions]
+        else:
+            answers = [action.then for action in actions]
+        for answer in answers:
+            self.loop.attempt(lambda: self.server.perform(answer(self.loop.now)))
+
+    def tend(self):
+        """Let appended records reach the disk, and write the file anew when it
+        pays."""
+        store = self.store
+        if store.unsynced and not self.syncing:
+            self.syncing = True
+            self.server.helper.run(store.sync, self.on_synced)
+        if self.server.ticks % 10 == 0:
+            self.check_file()
+        if store.descriptor is None:
+            self.reopen()
+        elif store.needs_compaction() and self.loop.now >= self.compact_after:
+            self.begin_compaction()
+
+    def save_some_seen(self):
+        """Second by second some of the peers: when they were seen last, to the
+        hour.
+
+        A peer that stays costs the disk a line an hour, a peer that is gone
+        nothing.
+        """
+        if not self.unsaved:
+            self.unsaved = list(self.server.rendezvous.registrations)
+        part, self.unsaved = self.unsaved[:SEEN_SLICE], self.unsaved[SEEN_SLICE:]
+        self.save_seen(part)
+
+    def save_seen(self, peer_ids):
+        """Store when peers were seen last, an hour or more after what is
+        stored."""
+        wall, now, before = int(time.time()), self.loop.now, {}
+        for peer_id in peer_ids:
+            peer = self.store.peers.get(peer_id)
+            registration = self.server.rendezvous.registrations.get(peer_id)
+            if peer is None or registration is None:
+                continue
+            seen = wall - int(now - registration.seen)
+            if abs(seen - peer.seen) >= SEEN_SECONDS:
+                before[peer], peer.seen = peer.seen, seen
+            if now - registration.seen > FORGET_ROUTE_SECONDS:
+                self.server.rendezvous.end_route(peer_id)
+        try:
+            if before:
+                self.store.append([(peer, None) for peer in before])
+        except OSError:  # it is tried again; who waits for a record is told
+            for peer, seen in before.items():
+                peer.seen = seen
+
+    def check_file(self):
+        """Somebody has replaced, removed or emptied the file: ours must be
+        there again."""
+        store = self.store
+        if store.compaction is None and store.is_lost():
+            self.log.error(f"{store.path} was removed, replaced or cut under the "
+                           "running server: it is written anew with what is known "
+                           "here.  Stop the server before you change it")
+            self.begin_compaction()
+
+    def on_synced(self, result):
+        """The disk has it, or cannot take it."""
+        self.syncing = False
+        if isinstance(result, Exception):
+            self.log.error(f"cannot sync {self.store.path}: {result}")
+
+    def reopen(self):
+        """The store could not be opened: try again, quietly."""
+        try:
+            if os.path.exists(self.store.path):
+                self.store.load()  # it may have come from elsewhere meanwhile
+            self.store.open()
+            self.log.info(f"{self.store.path} can be written again")
+        except OSError:
+            pass  # said at the start, and new peers are told
+
+    def begin_compaction(self):
+        """Write the store anew, in slices between the turns."""
+        compaction = Compaction(self.store)
+        try:
+            compaction.begin()
+        except OSError as error:
+            self.give_up_compaction(compaction, error)
+            return
+        self.loop.later(0.0, lambda: self.go_on_compacting(compaction))
+
+    def go_on_compacting(self, compaction):
+        """The next slice; after the last the helper syncs it."""
+        if self.store.compaction is not compaction:
+            return
+        try:
+            complete = compaction.step()
+        except OSError as error:
+            self.give_up_compaction(compaction, error)
+            return
+        if complete:
+            self.server.helper.run(compaction.sync,
+                            lambda result: self.end_compaction(compaction, result))
+        else:
+            self.loop.later(0.0, lambda: self.go_on_compacting(compaction))
+
+    def end_compaction(self, compaction, result):
+        """The new file is on the disk: let it replace the old one."""
+        if self.store.compaction is not compaction:
+            return
+        try:
+            if isinstance(result, Exception):
+                raise result
+            old = compaction.finish()
+        except OSError as error:
+            self.give_up_compaction(compaction, error)
+            return
+        path = self.store.path
+        self.server.helper.run(
+            lambda: (os.close(old), sync_directory(path)), self.on_synced)
+
+    def give_up_compaction(self, compaction, error):
+        """The disk does not take a new file: the old one stays in force."""
+        compaction.abandon()
+        self.compact_after = self.loop.now + COMPACT_AGAIN_SECONDS
+        self.log.error(f"cannot write {self.store.path} anew: {error.strerror}")
+
+    def close(self):
+        """Let the disk have everything; here, since the helper may be at
+        something."""
+        if self.store.compaction is not None:
+            self.store.compaction.abandon()
+        try:
+            self.store.sync()
+        except OSError as error:
+            self.on_synced(error)
+        self.store.close()
 
 
 class Supervisor:
