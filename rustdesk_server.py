@@ -6131,7 +6131,7 @@ class Session:
     """Two paired links: what they may carry, and what they have carried."""
 
     __slots__ = ("number", "peer_id", "first", "second", "started", "flows", "cap",
-                 "carried", "uncharged", "wants", "slowed", "rate", "highest", "ticked",
+                 "carried", "uncharged", "slowed", "rate", "highest", "ticked",
                  "ticked_bytes", "active")
 
     def __init__(self, number, peer_id, first, second, cap, capped, now):
@@ -6145,32 +6145,32 @@ class Session:
             for flow in self.flows:
                 flow.limit()
         self.carried = self.uncharged = self.ticked_bytes = 0
-        self.wants = (0, 0)  # of the flows, for the next share
         self.slowed = False
         self.rate = self.highest = 0.0  # kb/s in the last second, and at most
 
     def settle(self):
         """Count what the flows have moved."""
-        moved = [flow.count() for flow in self.flows]
-        self.wants = [flow.want(size) for flow, size in zip(self.flows, moved)]
-        self.carried += sum(moved)
-        self.uncharged += sum(moved)
+        there, back = self.flows
+        moved = there.count() + back.count()
+        self.carried += moved
+        self.uncharged += moved
 
     def charge(self, now):
         """Charge what was moved to its own cap; returns (what was moved, what
-        it would like to move next)."""
+        it would like to move next, and each of its flows)."""
         self.settle()
         moved, self.uncharged = self.uncharged, 0
-        wanted = sum(self.wants)
+        wants = [flow.want(moved) for flow in self.flows]
+        wanted = sum(wants)
         if self.cap is not None:
             wanted = min(wanted, self.cap.use(moved, now))
-        return moved, wanted
+        return moved, wanted, wants
 
-    def grant(self, amount):
+    def grant(self, amount, wants):
         """Share an amount between the two directions; whether a starved one
         gets some."""
         starved = False
-        for flow, share in zip(self.flows, fair_shares(amount, self.wants)):
+        for flow, share in zip(self.flows, fair_shares(amount, wants)):
             if share or not flow.starved:
                 starved = starved or flow.starved
                 flow.grant(share)
@@ -6433,7 +6433,7 @@ class Relay:
             return
         for place in {session.first.place, session.second.place}:
             self.sessions_at.remove(place)
-        session.carried += sum(flow.count() for flow in session.flows)
+        session.settle()
         seconds, first, second = now - session.started, session.first, session.second
         yield Report(word, (
             f"session {session.number} of {first.address} and {second.address} after "
@@ -6516,12 +6516,12 @@ class Relay:
         at = self.rounds % max(1, len(sessions))
         sessions = sessions[at:] + sessions[:at]  # what is rounded up goes round
         charged = [session.charge(now) for session in sessions]
-        shares = [wanted for _, wanted in charged]
+        shares = [wanted for _, wanted, _ in charged]
         if self.total is not None:
-            amount = self.total.use(sum(moved for moved, _ in charged), now)
+            amount = self.total.use(sum(moved for moved, _, _ in charged), now)
             shares = fair_shares(amount, shares)
-        for session, share in zip(sessions, shares):
-            if session.grant(share):
+        for session, share, (_, _, wants) in zip(sessions, shares, charged):
+            if session.grant(share, wants):
                 yield Resume(session)
 
     ACCEPTS = {Listener.RELAY: {RequestRelay: on_request_relay}}
@@ -9014,7 +9014,7 @@ class Server:
         """Let two links of the relay exchange their bytes."""
         session = action.session
         joined = join(session)
-        self.pipes[session.number] = [pipe for pipe, _ in joined]
+        self.pipes[session.number] = tuple(pipe for pipe, _ in joined)
         for pipe, early in joined:
             if early and pipe.source is not None:
                 pipe.flow.allowance -= len(early)

@@ -18608,7 +18608,7 @@ BENCH_LATENCIES = {"p50_us", "p99_us", "p999_us"}
 def check_bench_row(row):
     """Each field is there, and none says what cannot be."""
     assert all(row[name] >= 0 for name in BENCH_NUMBERS), row
-    assert row["operations"] >= 1 and row["rate"] > 0 and row["busy"] < 1.5, row
+    assert row["operations"] >= 1 and row["rate"] > 0, row
     assert row["rss_kib"] > 5_000, row
     assert (row["floor_rate"] is None) == (row["row"] in ROWS_WITHOUT_FLOOR), row
     if row["operation"] == "MB":
