@@ -8310,14 +8310,15 @@ class Announcer:
     #: A line of the relay's: its challenge, or `ok`.
     MAX_LINE_BYTES = 128
 
-    def __init__(self, server, name, keys):
-        self.server = server
+    def __init__(self, relays, name, keys):
+        self.relays = relays
+        self.server = relays.server
         self.name = name
         self.keys = keys  # that initiators may show at the relay
-        self.kept = ExpiringTable(server.limits.ticket_seconds, self.KEPT_TICKETS)
+        self.kept = ExpiringTable(
+            self.server.limits.ticket_seconds, self.KEPT_TICKETS)
         self.trouble = ""  # what was said last about it
         self.reset()
-        server.resolver.run(lambda: resolve_relays([name]), self.connect)
 
     def reset(self):
         """Begin without a connection."""
@@ -8337,7 +8338,7 @@ class Announcer:
 
     def connect(self, targets):
         """The relay's name has become an address: connect to it."""
-        if self.server.announcers.get(self.name) is not self:
+        if not self.is_wanted():
             return  # it is not in the list any more
         if not targets or isinstance(targets, Exception):
             self.fail("its name has no address")
@@ -8433,13 +8434,17 @@ class Announcer:
             self.server.log.warn(f"relay {self.name} gets no tickets, so it refuses "
                                  f"sessions: {why}")
         self.close()
-        if self.server.announcers.get(self.name) is self:
+        if self.is_wanted():
             self.server.loop.later(RELAY_CHECK_SECONDS, self.again)
 
+    def is_wanted(self):
+        """Whether the relay is in the list still."""
+        return self.relays.announcers.get(self.name) is self
+
     def again(self):
-        """Try once more."""
-        if self.server.announcers.get(self.name) is self:
-            self.server.resolver.run(lambda: resolve_relays([self.name]), self.connect)
+        """Look its name up, then try to connect."""
+        if self.is_wanted():
+            self.relays.resolver.run(lambda: resolve_relays([self.name]), self.connect)
 
     def close(self):
         """End the connection."""
@@ -8529,7 +8534,7 @@ class Server:
         self.supervisor = Supervisor(os.environ)
         self.draining = False
         self.loop = Loop(self.on_turn, self.on_fault)
-        self.helper, self.resolver = Helper(self.loop), None
+        self.helper = Helper(self.loop)
         self.listeners = []
         self.datagrams = None
         self.rendezvous = self.relay = self.store = None
@@ -8548,13 +8553,12 @@ class Server:
         self.pseudo_addresses = set()  # of clients behind a reverse proxy
         self.current_exchange_key = None
         self.ticket_secret = read_ticket_secret(config.relay_secret)
-        self.announcers = {}  # name of a relay -> Announcer
+        self.relay_watch = None  # of the relays that the ID server sends clients to
         self.sharing = False  # whether bandwidth is shared out just now
         self.load = None  # gives the configuration that a start would have now
         self.door = None  # the operator's
         self.tls = self.load_certificate()
         self.ticks = 0
-        self.silent_relays = set()
         if role != "hbbr":
             self.create_rendezvous()
         if role != "hbbs":
@@ -8638,36 +8642,10 @@ class Server:
         self.consoles[Listener.NAT_TEST] = RendezvousConsole(
             self.rendezvous, self.utc, self.change_by_console)
         self.take_handlers(self.rendezvous)
-        self.check_relays()
-        self.announce_to_relays()
-        self.warn_of_relays()
-
-    def warn_of_relays(self):
-        """Say so where an ID server alone leaves its relays without
-        tickets."""
-        if self.role == "hbbs" and self.config.relay_servers and not self.ticket_secret:
-            self.log.warn("the relays of --relay-servers carry anybody's sessions, as "
-                          "far as this server knows: --relay-secret here and there "
-                          "ends that")
-        if self.role == "hbbs" and self.ticket_secret and not self.config.relay_servers:
-            self.log.warn("--relay-secret is given, but --relay-servers names no relay "
-                          "that could be told of sessions; a relay with the same "
-                          "secret will refuse them")
-
-    def announce_to_relays(self):
-        """Have a connection to every relay of the list that asks for
-        tickets."""
-        names = self.rendezvous.relays.names if self.ticket_secret else ()
-        for name in set(self.announcers) - set(names):
-            self.announcers.pop(name).close()
-        if names and self.resolver is None:
-            self.resolver = Helper(self.loop)
-        key = self.rendezvous.key
-        keys = (key.required, *key.accepted)
-        for name in names:
-            if name not in self.announcers:
-                self.announcers[name] = Announcer(self, name, keys)
-            self.announcers[name].keys = keys
+        self.relay_watch = RelayWatch(self)
+        self.relay_watch.warn()
+        self.relay_watch.check()
+        self.relay_watch.announce()
 
     def find_local_relay(self):
         """How peers in the network of --mask reach our relay."""
@@ -9039,7 +9017,7 @@ class Server:
         fault_of = self.rendezvous.key.fault_of if action.needs_key else None
         if self.relay is not None and self.relay.asks_tickets:
             self.on_ticket(action.session_uuid, Ticket(action.peer_id, fault_of))
-        for announcer in self.announcers.values():
+        for announcer in self.relay_watch.announcers.values():
             announcer.announce(action)
 
     def do_store(self, action):
@@ -9175,33 +9153,6 @@ class Server:
             parts.append(f"{len(self.relay.sessions)} sessions relayed")
         return ", ".join(parts)
 
-    def check_relays(self):
-        """Try the relays of the list; names take long, so in a thread of their
-        own."""
-        if len(self.rendezvous.relays.names) < 2:
-            self.loop.later(RELAY_CHECK_SECONDS, self.check_relays)
-            return
-        if self.resolver is None:
-            self.resolver = Helper(self.loop)
-        self.resolver.run(lambda: resolve_relays(self.rendezvous.relays.names),
-                          self.on_relays_resolved)
-
-    def on_relays_resolved(self, targets):
-        """Names have become addresses: connect to them."""
-        RelayCheck(self.loop, targets, self.on_relay_health)
-
-    def on_relay_health(self, healthy):
-        """Relays have answered or not: say what changed, and try again in a
-        while."""
-        self.loop.later(RELAY_CHECK_SECONDS, self.check_relays)
-        relays, silent = self.rendezvous.relays, self.silent_relays
-        relays.on_health(healthy)
-        self.silent_relays = set(relays.names) - healthy
-        for name in sorted(self.silent_relays - silent):
-            self.log.warn(f"relay {name} does not answer")
-        for name in sorted(silent & healthy):
-            self.log.info(f"relay {name} answers again")
-
     def utc(self, moment):
         """A time of the loop's clock as UTC text."""
         seconds = time.time() - (self.loop.now - moment)
@@ -9280,7 +9231,7 @@ class Server:
         config, rules = self.config, self.limits.rules
         if self.rendezvous is not None:
             self.rendezvous.key.accepted = config.accept_key
-            self.announce_to_relays()
+            self.relay_watch.announce()
             self.perform(self.rendezvous.enforce())
         for link in list(self.crowd.links):
             if rules.refuses_address(link.address.ip):
@@ -9377,8 +9328,8 @@ class Server:
             listener.close()
         if self.door is not None:
             self.door.close()
-        for announcer in self.announcers.values():
-            announcer.close()
+        if self.relay_watch is not None:
+            self.relay_watch.close()
         if self.relay is not None:
             sessions = list(self.relay.sessions.values())
             for session in sessions:
@@ -9788,6 +9739,87 @@ def free_descriptors():
         return 1 << 30
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return 1 << 30 if most == resource.RLIM_INFINITY else max(16, most - 64)
+
+
+class RelayWatch:
+    """The relays of the list: whether they answer, and the connections that
+    tell them of sessions."""
+
+    def __init__(self, server):
+        self.server = server
+        self.log, self.loop = server.log, server.loop
+        self.resolver = None  # looks names up, which takes long
+        self.silent = set()
+        self.announcers = {}  # name of a relay -> Announcer
+
+    @property
+    def names(self):
+        """The relays that clients are sent to."""
+        return self.server.rendezvous.relays.names
+
+    def warn(self):
+        """Say so where an ID server alone leaves its relays without
+        tickets."""
+        config, secret = self.server.config, self.server.ticket_secret
+        if self.server.role != "hbbs":
+            return
+        if config.relay_servers and not secret:
+            self.log.warn("the relays of --relay-servers carry anybody's sessions, as "
+                          "far as this server knows: --relay-secret here and there "
+                          "ends that")
+        if secret and not config.relay_servers:
+            self.log.warn("--relay-secret is given, but --relay-servers names no relay "
+                          "that could be told of sessions; a relay with the same "
+                          "secret will refuse them")
+
+    def need_resolver(self):
+        """Have a thread that looks names up."""
+        if self.resolver is None:
+            self.resolver = Helper(self.loop)
+
+    def announce(self):
+        """Have a connection to every relay of the list that asks for
+        tickets."""
+        names = self.names if self.server.ticket_secret else ()
+        for name in set(self.announcers) - set(names):
+            self.announcers.pop(name).close()
+        key = self.server.rendezvous.key
+        keys = (key.required, *key.accepted)
+        for name in names:
+            self.need_resolver()
+            if name not in self.announcers:
+                self.announcers[name] = Announcer(self, name, keys)
+                self.announcers[name].again()
+            self.announcers[name].keys = keys
+
+    def check(self):
+        """Try the relays of a list of two or more."""
+        if len(self.names) < 2:
+            self.loop.later(RELAY_CHECK_SECONDS, self.check)
+            return
+        self.need_resolver()
+        self.resolver.run(lambda: resolve_relays(self.names), self.on_resolved)
+
+    def on_resolved(self, targets):
+        """Names have become addresses: connect to them."""
+        failed = isinstance(targets, Exception)
+        RelayCheck(self.loop, () if failed else targets, self.on_health)
+
+    def on_health(self, healthy):
+        """Relays have answered or not: say what changed, and try again in a
+        while."""
+        self.loop.later(RELAY_CHECK_SECONDS, self.check)
+        silent, self.silent = self.silent, set(self.names) - healthy
+        self.server.rendezvous.relays.on_health(healthy)
+        for name in sorted(self.silent - silent):
+            self.log.warn(f"relay {name} does not answer")
+        for name in sorted(silent & healthy):
+            self.log.info(f"relay {name} answers again")
+
+    def close(self):
+        """End the connections to the relays."""
+        for announcer in self.announcers.values():
+            announcer.close()
 
 
 class StoreKeeper:
