@@ -8870,8 +8870,21 @@ def test_masks_are_eight_different_ones():
     assert len(codes) == 8
 
 
+def test_penalties_are_those_of_the_standard():
+    """ISO/IEC 18004, table 11: 3 for a run of five and 1 for each module more, 3 for
+    a square, 40 for what looks like a corner, 10 for each 5 % from one half."""
+    even = [[(row + column) % 2 for column in range(20)] for row in range(20)]
+    assert rustdesk_server.qr_penalty(even) == 0
+    light = [[0] * 20 for _ in range(20)]
+    assert rustdesk_server.qr_penalty(light) == 40 * 18 + 19 * 19 * 3 + 10 * 10
+    line = [row[:] for row in light]
+    line[0][:7] = [1, 0, 1, 1, 1, 0, 1]  # with the light around the code before it
+    runs = (11 + 19 * 18) + (5 * 17 + 15 * 18)
+    assert rustdesk_server.qr_penalty(line) == (
+        runs + (18 * 19 + 12) * 3 + 2 * 40 + 9 * 10)
+
+
 def test_mask_is_the_one_that_another_encoder_chooses():
-    """They agree only if every penalty rule counts the same."""
     for length in (*range(1, 60), *QR_CAPACITIES[5:12], 331, 666):
         assert rustdesk_server.qr_code(payload_of(length)) == wanted_code(
             payload_of(length)), length
@@ -18401,7 +18414,9 @@ def test_version_is_told(arguments):
 
 
 @pytest.mark.parametrize("role, flags", [
-    (None, ["hbbs", "hbbr", "genkeypair", "validatekeypair", "--port", "--key"]),
+    (None, ["hbbs", "hbbr", "client-config", "genkeypair", "validatekeypair", "--port",
+            "--key"]),
+    ("client-config", ["--host", "--relay", "--api", "--svg", "--json", "--directory"]),
     ("hbbs", ["--bind", "-c", "--key", "--mask", "--local-ip", "--port", "--rmem",
               "--relay-servers", "--rendezvous-servers", "--serial",
               "--software-url"]),
