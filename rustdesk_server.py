@@ -261,6 +261,10 @@ SHARE_SECONDS = 0.05
 #: How often ids are looked for that never came back.
 UNTRIED_CHECK_SECONDS = 3600
 
+#: How often it is looked who has come online or gone, where somebody wants to
+#: know.
+PRESENCE_SECONDS = 5
+
 #: How often the relays of a list of two or more are tried, and for how long.
 RELAY_CHECK_SECONDS = 5.0
 RELAY_CHECK_TIMEOUT_SECONDS = 3.0
@@ -3549,6 +3553,12 @@ setting("idle-limit", "", parse_count, 7200, "SECONDS",
         "idle tunnels for an hour).")
 setting("drain", "", parse_count, 5, "SECONDS",
         "How long relayed sessions may go on after SIGTERM.")
+setting("on-event", "", parse_text, "", "COMMAND",
+        "A command of the shell that is run for each event, one at a time, with a line "
+        "of JSON on its standard input.")
+setting("reclaim-after", "", parse_count, 0, "DAYS",
+        "An id that was not seen for so long goes to the next device that claims it "
+        "(0: never).")
 setting("log-format", "", one_of("text", "json"), "text", "FORMAT",
         "`text`, or `json` for one object a line.")
 setting("log-file", "", parse_text, "", "FILE",
@@ -3746,7 +3756,7 @@ FOREIGN_VARIABLES = ("USER", "DIRECTORY")
 #: What takes effect at once when the configuration is read again.
 CHANGEABLE = frozenset((
     "key_policy", "accept_key", "enroll", "allow", "refuse", "limit", "exempt",
-    "console", "relay_servers", "always_use_relay", "mask", "local_ip",
+    "console", "reclaim_after", "relay_servers", "always_use_relay", "mask", "local_ip",
     "single_bandwidth",
     "total_bandwidth", "limit_speed", "downgrade_threshold", "downgrade_start_check",
     "idle_limit", "trusted_proxy", "drain", "log_level"))
@@ -4877,6 +4887,8 @@ Report = collections.namedtuple("Report", "word text peer_id", defaults=("",))
 Arrange = collections.namedtuple("Arrange", "session_uuid peer_id needs_key")
 #: Let the flows of a session move bytes again.
 Resume = collections.namedtuple("Resume", "session")
+#: Tell the command of `--on-event`, if there is one.
+Event = collections.namedtuple("Event", "name peer_id text")
 #: Count what was let pass though it could have been refused, and log it.
 Tolerate = collections.namedtuple("Tolerate", "refusal text peer_id", defaults=("",))
 #: Count a refusal and log it, no more than so often.
@@ -5113,6 +5125,7 @@ class Rendezvous:
         self.udp_tests = Rates(limits.table(60.0))  # by place
         self.queries = Rates(limits.table(60.0))  # bytes, by place
         self.requests = Rates(limits.table(60.0))  # by place, peer and both
+        self.were_online = set()  # peer ids, when it was last looked
         self.at_address = collections.Counter()  # private ip -> peers registered there
 
     # -- registration ----------------------------------------------------------
@@ -5158,7 +5171,10 @@ class Rendezvous:
         result, refusal = self.judge_claim(request, origin, now)
         if refusal is not None:
             text = f"{show(request.id)} from {origin.address}"
-            yield Refuse(refusal, f"{text}{self.rivals(request, refusal)}", request.id)
+            text += self.rivals(request, refusal)
+            yield Refuse(refusal, text, request.id)
+            if refusal is Refusal.DEVICE_MISMATCH:
+                yield Event("clone-suspected", request.id, text)
             yield reply(origin, RegisterPkResponse(result=result))
             return
         yield from self.accept_claim(request, origin, now)
@@ -5284,6 +5300,8 @@ class Rendezvous:
             self.unwritten.pop(request.id, None)
             if known is not None and known.ip != peer.ip:
                 self.attempts.note_change(peer.peer_id, known.ip, peer.ip, later)
+            if known is None:
+                yield Event("new-device", peer.peer_id, f"from {peer.ip}")
             yield from self.register(peer, origin, later)
 
         def failed(later):
@@ -6016,6 +6034,32 @@ class Rendezvous:
 
         yield Store(peer, None, written, failed)
 
+    def presence(self, now):
+        """Events of who has come online and who has gone since the last
+        time."""
+        before, self.were_online = self.were_online, {
+            peer_id for peer_id, registration in self.registrations.items()
+            if registration.is_online(now)}
+        for peer_id in self.were_online - before:
+            registration = self.registrations[peer_id]
+            yield Event("peer-online", peer_id,
+                        f"{registration.transport} from {registration.address}")
+        for peer_id in before - self.were_online:
+            yield Event("peer-offline", peer_id, "")
+
+    def release_unseen(self, wall):
+        """Let ids go to the next device that claims them, which were not seen
+        for as long as the operator says."""
+        limit = wall - 86400 * self.config.reclaim_after
+        if not self.config.reclaim_after:
+            return
+        for peer in list(self.store.peers.values()):
+            if (max(peer.seen, peer.created) < limit and not peer.state
+                    and peer.peer_id not in self.registrations):
+                yield Report("released", f"{peer.peer_id!a} was not seen for "
+                                         f"{self.config.reclaim_after} days")
+                yield from self.rewrite(peer.changed(state=RELEASED), lambda ok: None)
+
     def forget_untried(self, wall):
         """Forget ids that were never seen again after their first hour, and
         that long ago; a wave of forged ones would fill the store."""
@@ -6410,6 +6454,8 @@ class Relay:
                 and kinds & {ConnType.PORT_FORWARD, ConnType.RDP}):
             text = f"{first.address} and {second.address}: WebSocket at one end only"
             yield Report("tunnel-will-break", text)
+        yield Event("session-start", session.peer_id,
+                    f"session {session.number} of {first.address} and {second.address}")
         yield Pair(session)
 
     def open_session(self, peer_id, first, second, now):
@@ -6435,9 +6481,10 @@ class Relay:
             self.sessions_at.remove(place)
         session.settle()
         seconds, first, second = now - session.started, session.first, session.second
-        yield Report(word, (
-            f"session {session.number} of {first.address} and {second.address} after "
-            f"{seconds:.1f} s, {session.carried / 1e6:.2f} MB"), session.peer_id)
+        text = (f"session {session.number} of {first.address} and {second.address} "
+                f"after {seconds:.1f} s, {session.carried / 1e6:.2f} MB")
+        yield Report(word, text, session.peer_id)
+        yield Event("session-end", session.peer_id, f"{word}: {text}")
 
     def on_link_closed(self, link, now):
         """A link has ended before it was paired."""
@@ -8802,6 +8849,10 @@ def own_address():
 # Uses: all above.
 
 
+#: Refusals that are an event, once a minute each.
+LIMIT_REFUSALS = frozenset(refusal for refusal in Refusal if refusal.name.startswith(
+    ("TOO_MANY_", "TOO_FREQUENT", "NO_ROOM")))
+
 #: Outcomes that an operator should do something about.
 WARNINGS = ("gateway", "tunnel-will-break")
 
@@ -8850,6 +8901,7 @@ class Server:
         self.pseudo_addresses = set()  # of clients behind a reverse proxy
         self.current_exchange_key = None
         self.ticket_secret = read_ticket_secret(config.relay_secret)
+        self.events = Events(self, config.on_event) if config.on_event else None
         self.relay_watch = None  # of the relays that the ID server sends clients to
         self.sharing = False  # whether bandwidth is shared out just now
         self.load = None  # gives the configuration that a start would have now
@@ -9338,6 +9390,11 @@ class Server:
         if peer_id:
             self.attempts.note(peer_id[:MAX_ID_BYTES], word, text, self.loop.now)
 
+    def do_event(self, action):
+        """Tell the operator's command of an event."""
+        if self.events is not None:
+            self.events.tell(action.name, action.peer_id, action.text)
+
     def do_tolerate(self, action):
         """Count what was let pass, and log it, no more than so often."""
         word = f"tolerated-{action.refusal.value}"
@@ -9354,7 +9411,8 @@ class Server:
         Send: do_send, SendDatagram: do_send_datagram, Close: do_close,
         Heartbeat: do_heartbeat, Keep: do_keep, HangUp: do_hang_up,
         Pair: do_pair, Resume: do_resume, Arrange: do_arrange, Store: do_store,
-        Later: do_later, Report: do_report, Tolerate: do_tolerate, Refuse: do_refuse,
+        Later: do_later, Report: do_report, Event: do_event, Tolerate: do_tolerate,
+        Refuse: do_refuse,
     }
 
     def refuse(self, refusal, text):
@@ -9362,6 +9420,9 @@ class Server:
         often."""
         if self.may_log(refusal.value):
             self.log.warn(f"refused, {refusal.value}: {text}")
+        if (refusal in LIMIT_REFUSALS and self.events is not None
+                and self.lines_this_minute[refusal.value] == 1):
+            self.events.tell("limit-hit", "", f"{refusal.value}: {text}")
 
     def may_log(self, word):
         """Count one more of a word; whether its lines this minute are not too
@@ -9426,6 +9487,10 @@ class Server:
             self.report_kept_back()
         if self.store is not None and self.ticks % UNTRIED_CHECK_SECONDS == 0:
             self.perform(self.rendezvous.forget_untried(int(time.time())))
+            self.perform(self.rendezvous.release_unseen(int(time.time())))
+        if (self.store is not None and self.events is not None
+                and self.ticks % PRESENCE_SECONDS == 0):
+            self.perform(self.rendezvous.presence(now))
 
     def on_silence(self, link):
         """A link has said nothing for as long as it may."""
@@ -10036,6 +10101,51 @@ def free_descriptors():
         return 1 << 30
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return 1 << 30 if most == resource.RLIM_INFINITY else max(16, most - 64)
+
+
+class Events:
+    """Runs the operator's command for each event, one at a time, in a thread of
+    its own, so that nothing here waits for it."""
+
+    #: Events that wait for their turn; more are lost, and said to be.
+    MAX_WAITING = 1000
+    #: How long the command may take.
+    COMMAND_SECONDS = 60.0
+
+    def __init__(self, server, command):
+        self.server = server
+        self.command = command
+        self.helper = Helper(server.loop)
+        self.waiting = 0
+
+    def tell(self, name, peer_id, text):
+        """Queue an event: {"event", "time", "id", "text"}."""
+        if self.waiting >= self.MAX_WAITING:
+            if self.server.may_log("event-lost"):
+                self.server.log.warn(f"event-lost: {name} {peer_id!a}: the command of "
+                                     "--on-event is too slow")
+            return
+        line = json.dumps({"event": name, "time": int(time.time()), "id": peer_id,
+                           "text": text}) + "\n"
+        self.waiting += 1
+        self.helper.run(lambda: self.run(line), self.on_done)
+
+    def run(self, line):
+        """In the thread: the command, and why it failed, or ""."""
+        import subprocess  # only here: most servers need none
+
+        ended = subprocess.run(
+            self.command, shell=True, input=line.encode(), stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE, timeout=self.COMMAND_SECONDS)
+        if ended.returncode == 0:
+            return ""
+        return f"status {ended.returncode}: {ended.stderr[-200:]!a}"
+
+    def on_done(self, result):
+        """The command has ended, well or not."""
+        self.waiting -= 1
+        if result and self.server.may_log("event-failed"):
+            self.server.log.warn(f"event-failed: the command of --on-event: {result}")
 
 
 class RelayWatch:

@@ -6408,6 +6408,7 @@ class World:
         self.attempts = rustdesk_server.Attempts()
         self.disk_is_full = False
         self.arranged = []  # sessions that the relay is told of
+        self.events = []  # (name, peer id)
         nonces = itertools.count(1)
         self.role = rustdesk_server.Rendezvous(
             self.config, rustdesk_server.ServerKey(secret, required), self.store,
@@ -6435,6 +6436,8 @@ class World:
                 outcome += self.write(action, now)
             elif isinstance(action, rustdesk_server.Arrange):
                 self.arranged.append(action)
+            elif isinstance(action, rustdesk_server.Event):
+                self.events.append((action.name, action.peer_id))
             elif not isinstance(action, rustdesk_server.Report):
                 outcome.append(action)
         return outcome
@@ -6716,6 +6719,37 @@ def test_answers_to_datagrams_are_no_longer_than_questions():
             if isinstance(action, SendDatagram):
                 answer = rustdesk_server.encode_message(action.message)
                 assert len(answer) <= len(question)
+
+
+# -- events and stuck ids --------------------------------------------------------
+
+
+def test_new_device_clones_and_presence_are_events():
+    world = World()
+    world.register()
+    world.register(uuid=b"another")
+    assert world.events == [("new-device", B_ID), ("clone-suspected", B_ID)]
+    world.events.clear()
+    for now in (NOW + 1, NOW + 2, NOW + 31, NOW + 32):
+        world.outcome(lambda: world.role.presence(now), now)
+    assert world.events == [("peer-online", B_ID), ("peer-offline", B_ID)]
+
+
+def test_id_that_nobody_used_for_so_long_goes_to_the_next_that_claims_it():
+    world = World(reclaim_after=90)
+    world.register()
+    peer, day = world.store.peers[B_ID], 86_400
+    peer.created, peer.seen = 1, 10 * day
+    world.outcome(lambda: world.role.release_unseen(101 * day))
+    assert world.store.peers[B_ID].state == ""  # it is registered
+    world.role.end_route(B_ID)
+    world.outcome(lambda: world.role.release_unseen(100 * day))
+    assert world.store.peers[B_ID].state == ""
+    world.outcome(lambda: world.role.release_unseen(101 * day))
+    assert world.store.peers[B_ID].state == rustdesk_server.RELEASED
+    other = world.register(uuid=b"another", pk=bytes(32), now=NOW + 9)
+    assert other[-1].message.result == Result.OK
+    assert world.store.peers[B_ID].device_uuid == b"another"
 
 
 # -- registration over a link (protocol 7.1, 7.4) -------------------------------
@@ -8068,7 +8102,8 @@ class RelayWorld:
         shown = {rustdesk_server.Refuse: lambda action: action.refusal,
                  rustdesk_server.Report: lambda action: action.word}
         return [shown.get(type(action), lambda action: action)(action)
-                for action in list(actions)]
+                for action in list(actions)
+                if not isinstance(action, rustdesk_server.Event)]
 
     def come(self, link, uuid="session", now=NOW, **fields):
         """A link asks for its session."""
@@ -10710,6 +10745,50 @@ def test_connection_that_says_nothing_is_closed_on_every_port(server):
     for name, link in zip(names, links):
         assert link.ended(45), f"{name} keeps silent connections"
         link.close()
+
+# -- events --
+
+
+def events_in(path):
+    """The events that a command has put into a file: (name, id)."""
+    with contextlib.suppress(FileNotFoundError):
+        with open(path, encoding="utf-8") as file:
+            return [(event["event"], event["id"]) for event in map(json.loads, file)]
+    return []
+
+
+def test_command_is_told_of_events_one_after_the_other(tmp_path):
+    path, busy = tmp_path / "events", tmp_path / "busy"
+    command = f"mkdir {busy} && cat >> {path} && sleep 0.05 && rmdir {busy}"
+    with ServerProcess("--on-event", command) as server:
+        with Peer(server).registered() as peer:
+            clone = Peer(server, peer_id=peer.peer_id)
+            with clone:
+                assert clone.register() == UUID_MISMATCH
+            ends = [relay_link(server, "one") for _ in range(2)]
+            assert are_paired(*ends)
+            for end_of_it in ends:
+                end_of_it.close()
+            wanted = [("new-device", peer.peer_id), ("clone-suspected", peer.peer_id),
+                      ("session-start", ""), ("session-end", "")]
+            wait_until(lambda: len(events_in(path)) >= 5, DEADLINE_SECONDS)
+            found = events_in(path)
+            assert [event for event in found if event[0] != "peer-online"] == wanted
+            assert ("peer-online", peer.peer_id) in found
+        assert "event-failed" not in server.log()
+
+
+def test_failing_or_slow_command_of_events_stops_nothing(tmp_path):
+    command = "echo no; echo why >&2; sleep 1; exit 3"
+    with ServerProcess("--on-event", command) as server:
+        peers = [Peer(server).registered() for _ in range(5)]
+        with contextlib.ExitStack() as stack:
+            for peer in peers:
+                stack.enter_context(peer)
+            server.wait_for_log(r"event-failed: .*status 3: .*why")
+            states = online_states(server, [peer.peer_id for peer in peers])
+            assert states == bytes([0b1111_1000])
+
 
 # -- consoles for an operator on the same machine (protocol 5.12) --
 
