@@ -4676,6 +4676,8 @@ class Attempts:
 
     #: Attempts kept for an id, ids, and how long after the last one.
     KEPT_ATTEMPTS, KEPT_IDS, ATTEMPTS_SECONDS = 10, 5000, 86400.0
+    #: Of an explanation; only ids that nobody has make longer ones.
+    KEPT_CHARACTERS = 320
 
     #: The official server lists a repetition within a minute only once, and
     #: looks for it among its last 30 entries.
@@ -4699,7 +4701,7 @@ class Attempts:
         if last is None:
             self.by_id.expire(now)
             last = collections.deque(maxlen=self.KEPT_ATTEMPTS)
-        last.append(Attempt(now, word, text))
+        last.append(Attempt(now, word, text[:self.KEPT_CHARACTERS]))
         self.by_id.put(peer_id, last, now)
 
     def note_punch(self, initiator_ip, peer_id, target_ip, now):
@@ -4974,6 +4976,11 @@ class Registration:
             return "UDP"
         return "WebSocket" if self.link.is_websocket else "TCP"
 
+    @property
+    def way(self):
+        """How and from where the peer was heard, for the operator."""
+        return f"{self.transport} from {self.address}"
+
     def is_from(self, origin):
         """Whether a message came by this very route."""
         return self.sockaddr == origin.sockaddr and self.link is origin.link
@@ -5112,6 +5119,8 @@ class Rendezvous:
 
     #: New devices that wait for the operator, and how long without a new try.
     MAX_APPLICANTS, APPLICANT_SECONDS = 1000, 86400.0
+    #: How long it is known when and how a peer without a route was last heard.
+    GONE_SECONDS = 86400.0
 
     def __init__(self, config, key, store, attempts, limits, random_bytes):
         self.config = config
@@ -5124,6 +5133,7 @@ class Rendezvous:
         self.relays = RelayServers(config.relay_servers)
         self.local_relay = config.local_ip  # how local peers reach our relay
         self.registrations = {}  # peer_id -> Registration
+        self.gone = limits.table(self.GONE_SECONDS)  # peer_id -> its last (seen, way)
         self.renewals = {}  # a client's RegisterPeer datagram -> Registration
         self.unwritten = {}  # peer_id -> Peer on its way to the disk
         self.moving = {}  # peer_id whose old route is asked -> whether it answered
@@ -5376,6 +5386,8 @@ class Rendezvous:
         """Forget a peer's route and the datagram that renewed it."""
         registration = self.registrations.pop(peer_id, None)
         if registration is not None:
+            self.gone.put(peer_id, (registration.seen, registration.way),
+                          registration.seen)
             self.renewals.pop(registration.datagram, None)
             ip = registration.address.ip
             if ip in self.at_address:
@@ -5426,7 +5438,7 @@ class Rendezvous:
             yield Heartbeat(link)
         else:
             text = f"{link.address} said nothing for {silent:.0f} s"
-            yield Refuse(Refusal.LINK_DEAD, text)
+            yield Refuse(Refusal.LINK_DEAD, text, link.errand.peer_id or "")
             yield Close(link)
 
     def on_health_check(self, request, origin, now):
@@ -5442,7 +5454,7 @@ class Rendezvous:
         result, refusal = self.judge_change(request, origin, now)
         if refusal is not None:
             text = f"{show(request.old_id)} to {show(request.id)} from {origin.address}"
-            yield Refuse(refusal, text)
+            yield Refuse(refusal, text, request.old_id)
             yield reply(origin, RegisterPkResponse(result=result))
             return
         peer = self.store.peers[request.old_id].changed(peer_id=request.id)
@@ -5566,7 +5578,8 @@ class Rendezvous:
         """Tell B where A is."""
         awaited = self.await_answer(origin, request.id, now)
         if awaited is None:
-            yield Refuse(Refusal.TOO_MANY_TARGETS, str(origin.address))
+            text = f"{origin.address} asked for {show(request.id)} as well"
+            yield Refuse(Refusal.TOO_MANY_TARGETS, text, request.id)
             yield Close(origin.link)
             return
         awaited.vouched = self.key.vouches(request.licence_key)
@@ -5599,15 +5612,15 @@ class Rendezvous:
 
     def last_heard(self, peer_id, refusal, now):
         """How long a peer that is offline has been silent."""
-        registration = self.registrations.get(peer_id)
         if refusal is not Refusal.OFFLINE:
             return ""
-        if registration is None:
-            minutes = FORGET_ROUTE_SECONDS / 60
-            return (f", which has not been heard of for {minutes:.0f} minutes or since "
-                    "this server's start")
-        return (f", last heard of {now - registration.seen:.0f} s ago by "
-                f"{registration.transport} from {registration.address}")
+        registration = self.registrations.get(peer_id)
+        seen, way = self.gone.get(peer_id) or (None, "")
+        if registration is not None:
+            seen, way = registration.seen, registration.way
+        if seen is None:
+            return ", which was not heard of since this server's start, or for a day"
+        return f", last heard of {now - seen:.0f} s ago by {way}"
 
     def await_answer(self, origin, peer_id, now):
         """The `Awaited` of a link for a peer: the one under way, or a new one.
@@ -5869,7 +5882,8 @@ class Rendezvous:
             raise Refused(Refusal.MALFORMED, "a relay's name that is too long")
         awaited = self.await_answer(origin, request.id, now)
         if awaited is None:
-            yield Refuse(Refusal.TOO_MANY_TARGETS, str(origin.address))
+            text = f"{origin.address} asked for {show(request.id)} as well"
+            yield Refuse(Refusal.TOO_MANY_TARGETS, text, request.id)
             yield Close(origin.link)
             return
         awaited.call = Call.RELAY
@@ -5955,7 +5969,8 @@ class Rendezvous:
         registration = self.registrations.get(errand.peer_id)
         if registration is not None and registration.link is link:
             self.end_route(errand.peer_id)
-            yield Report("left", f"{errand.peer_id!a} hung up at {link.address}")
+            text = f"{errand.peer_id!a} hung up at {link.address}"
+            yield Report("left", text, errand.peer_id)
             yield from self.disappoint(errand.peer_id)
         link.errand = None
 
@@ -5980,7 +5995,8 @@ class Rendezvous:
             yield from self.report_unanswered(awaited, now)
         for link, _ in self.kept.expire(now):
             yield from self.beat(link, now)
-        for table in self.udp_ports, self.called, self.accepted, self.applicants:
+        for table in (self.udp_ports, self.called, self.accepted, self.applicants,
+                      self.gone):
             table.expire(now)
 
     # -- what the operator does ------------------------------------------------
@@ -5998,7 +6014,7 @@ class Rendezvous:
         registration = self.registrations.get(peer_id)
         if registration is not None:
             self.end_route(peer_id)
-            yield Report("cut", f"{peer_id!a} at {registration.address}")
+            yield Report("cut", f"{peer_id!a} at {registration.address}", peer_id)
             yield from self.disappoint(peer_id)
             if registration.link is not None:
                 yield Close(registration.link)
@@ -6403,7 +6419,8 @@ class Relay:
         fault = self.key.fault_of(request.licence_key)
         if fault is not None and self.policy == "warn":
             whose = towards(request) or (f" for {ticket.peer_id!a}" if ticket else "")
-            yield Tolerate(fault, f"relay link from {link.address}{whose}")
+            yield Tolerate(fault, f"relay link from {link.address}{whose}",
+                           self.peer_of(request))
         partner = self.stop_waiting(request.uuid)
         if partner is not None and not partner.is_alive():
             yield Close(partner)  # it left in the very moment that this one came
@@ -9956,12 +9973,14 @@ class Operator:
     def status_of(self, peer_id):
         """One id: its route and how the last attempts about it ended."""
         now, said = self.server.loop.now, f"nobody registered {show(peer_id)} here"
-        if self.rendezvous is not None and peer_id in self.rendezvous.store.peers:
+        if self.rendezvous is None:
+            said = ""  # only the ID server knows
+        elif peer_id in self.rendezvous.store.peers:
             row = self.peer_row(self.rendezvous.store.peers[peer_id])
             registration = self.rendezvous.registrations.get(peer_id)
             version = registration.version if registration else ""
             said = ", ".join(filter(None, [*row, version and f"version {version}"]))
-        attempts = self.server.attempts.by_id.get(peer_id) or ()
+        attempts = self.server.attempts.by_id.get(peer_id[:MAX_ID_BYTES]) or ()
         rows = [[f"{now - attempt.at:.0f} s ago", attempt.word, attempt.text]
                 for attempt in reversed(attempts)]
         return {"columns": ["when", "outcome", "how"], "rows": rows, "said": said}
