@@ -6278,10 +6278,11 @@ def towards(request):
     return f" to {request.id[:MAX_ID_BYTES]!a}" if request.id else ""
 
 
-def side(link):
-    """Which end of a session a relay link is: initiators name their peer."""
-    who = "the initiator" if link.errand.id else "the controlled device"
-    return f"{who} at {link.address}"
+def sides(link):
+    """Which end of a session a relay link is, and which it is not: initiators
+    name their peer."""
+    ends = "the initiator", "the controlled device"
+    return ends if link.errand.id else ends[::-1]
 
 
 class Relay:
@@ -6527,7 +6528,8 @@ class Relay:
         if self.waiting.get(link.errand.uuid) is link:
             self.stop_waiting(link.errand.uuid)
             yield Refuse(Refusal.LONELY, (
-                f"relay link from {side(link)} left before its partner came"),
+                f"relay link from {link.address}{towards(link.errand)} left: it is "
+                "{}, and {} had not come yet".format(*sides(link))),
                 self.peer_of(link.errand))
 
     def tick(self, now):
@@ -6540,9 +6542,10 @@ class Relay:
                 ": the ID server has not arranged this session"))
         for _, link in self.waiting.expire(now):
             self.waiting_at.remove(link.place)
+            came, missing = sides(link)
             yield from self.turn_away(link, Refusal.LONELY, (
-                f": it is {side(link)}, and the other end did not come in "
-                f"{self.waiting.seconds:.0f} s; can that reach this port?"))
+                f": it is {came}, and {missing} did not come in "
+                f"{self.waiting.seconds:.0f} s; is its path to this port open?"))
         for session in list(self.sessions.values()):
             session.settle()
             session.measure(now)

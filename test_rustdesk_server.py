@@ -6332,6 +6332,50 @@ def test_longest_session_uuid_fits_a_line_of_tickets(letter):
     assert receiver.receive(b"\n")[0][0] == letter * size
 
 
+# -- what became of the last attempts --
+
+
+def kept_texts(attempts, peer_id):
+    """The explanations kept under an id."""
+    return [attempt.text for attempt in attempts.by_id.get(peer_id) or ()]
+
+
+def test_last_ten_attempts_of_an_id_are_kept_with_their_times():
+    attempts = rustdesk_server.Attempts()
+    for number in range(25):
+        attempts.note(B_ID, "offline", str(number), NOW + number)
+    assert kept_texts(attempts, B_ID) == [str(number) for number in range(15, 25)]
+    assert attempts.by_id.get(B_ID)[-1] == (NOW + 24, "offline", "24")
+
+
+def test_so_many_ids_have_their_attempts_kept_and_the_longest_unused_goes_first():
+    attempts = rustdesk_server.Attempts()
+    most = attempts.KEPT_IDS
+    for number in range(most):
+        attempts.note(str(number), "unknown-id", "once", NOW)
+    attempts.note("0", "unknown-id", "again", NOW + 1)
+    attempts.note("one more", "unknown-id", "once", NOW + 2)
+    assert len(attempts.by_id) == most
+    assert kept_texts(attempts, "0") == ["once", "again"]
+    assert kept_texts(attempts, "1") == [] and kept_texts(attempts, "2") == ["once"]
+
+
+def test_attempts_are_forgotten_a_day_after_the_last_one():
+    attempts = rustdesk_server.Attempts()
+    attempts.note(B_ID, "offline", "first", NOW)
+    attempts.note("another", "offline", "only", NOW + 1)
+    attempts.note(B_ID, "offline", "second", NOW + 2)
+    attempts.note("a third", "offline", "much later", NOW + 1 + 86_400)
+    assert kept_texts(attempts, "another") == []
+    assert kept_texts(attempts, B_ID) == ["first", "second"]
+
+
+def test_overlong_explanation_is_cut_before_it_is_kept():
+    attempts = rustdesk_server.Attempts()
+    attempts.note(B_ID, "offline", "x" * 65_536, NOW)
+    assert kept_texts(attempts, B_ID) == ["x" * attempts.KEPT_CHARACTERS]
+
+
 # == 13. Rendezvous ============================================================
 #
 # The role is given messages and times, and what it yields is compared by ==.  A
@@ -16266,6 +16310,381 @@ def test_replaced_key_lets_its_clients_in_unvouched_while_they_are_moved(own_ser
         for key, secure in ((old, False), (new, True)):
             initiator = Initiator(own_server, force_relay=True, licence_key=key)
             assert dial_and_converse(initiator, peer, "relay").is_secure is secure
+
+
+# -- a reason for every attempt --
+#
+# A cause makes an attempt end in a certain way and returns the id that it was
+# about; None where there is none: before the first message is understood nobody
+# has named a peer.
+
+
+@pytest.fixture(scope="session")
+def reason_server():
+    """A server that soon has a reason to refuse."""
+    limits = ["partner-seconds=1", "early-seconds=1", "requests-per-pair=3",
+              "relay-links-per-address=2", "sessions-per-address=1", "targets=1",
+              "log-lines=1000"]
+    arguments = [part for limit in limits for part in ("--limit", limit)]
+    with ServerProcess(*arguments, tickets=True) as started:
+        yield started
+
+
+def punch_in_vain(server, peer_id=None, **options):
+    """A asks for a peer and is told that it cannot be."""
+    peer_id = peer_id or next_peer_id()
+    with pytest.raises(NotConnected):
+        Initiator(server, **options).dial(peer_id)
+    return peer_id
+
+
+def ask_relay_in_vain(server):
+    """A asks that an unknown peer come to the relay."""
+    peer_id = next_peer_id()
+    with Initiator(server).open() as link:
+        link.tell("request_relay", id=peer_id, uuid="u")
+        assert link.expect("relay_response").refuse_reason
+    return peer_id
+
+
+def ask_for_one_from_before_a_restart(server):
+    with Peer(server).registered() as peer:
+        server.restart()
+        return punch_in_vain(server, peer.peer_id)
+
+
+def come_by_websocket(server, peer):
+    """Register over a WebSocket of the peer's own."""
+    link = open_link(server, "rendezvous", "ws", peer.ip)
+    answer = link.ask("register_pk", "register_pk_response", id=peer.peer_id,
+                      uuid=peer.device_uuid, pk=bytes(peer.key.verify_key))
+    assert answer.result == OK
+    return link
+
+
+def ask_for_one_that_hung_up(server):
+    with Peer(server) as peer:
+        come_by_websocket(server, peer).close()
+        server.wait_for_log(f"left: '{peer.peer_id}'")
+        return punch_in_vain(server, peer.peer_id)
+
+
+def hang_up_while_called(server):
+    with Peer(server) as peer, Initiator(server).open() as link:
+        route = come_by_websocket(server, peer)
+        link.send(Initiator(server).punch_request(peer.peer_id))
+        route.expect("punch_hole")
+        route.close()
+        assert link.expect("punch_hole_response").failure == OFFLINE
+        return peer.peer_id
+
+
+def ask_for_one_that_fell_silent(server):
+    with Peer(server).registered() as peer:
+        def state():
+            return order(server, "peers", peer.peer_id)["rows"][0][1]
+        assert state() == "online"
+        wait_until(lambda: state() == "offline", seconds=40)
+        return punch_in_vain(server, peer.peer_id)
+
+
+def lose_calls(server, calls=2, seconds=3.1):
+    """A calls a peer that answers nothing, and gives up after a while."""
+    initiator = Initiator(server)
+    with Peer(server).registered() as peer:
+        with initiator.open() as link:
+            for _ in range(calls):
+                link.send(initiator.punch_request(peer.peer_id))
+                peer.receive("punch_hole")
+            assert not link.ended(seconds)
+        return peer.peer_id
+
+
+def leave_at_once(server):
+    return lose_calls(server, calls=1, seconds=0.01)
+
+
+def ask_too_often(server):
+    initiator, peer_id = Initiator(server), next_peer_id()
+    with initiator.open() as link:
+        for _ in range(4):
+            link.send(initiator.punch_request(peer_id))
+            link.expect("punch_hole_response")
+    return peer_id
+
+
+def ask_for_two_at_a_time(server):
+    initiator = Initiator(server)
+    with Peer(server).registered() as one, Peer(server).registered() as other:
+        with initiator.open() as link:
+            for peer in one, other:
+                link.send(initiator.punch_request(peer.peer_id))
+            assert link.ended()
+        return other.peer_id
+
+
+def ask_for_a_disabled_one(server, command="disable"):
+    with Peer(server).registered() as peer:
+        assert "fault" not in order(server, command, peer.peer_id)
+        return punch_in_vain(server, peer.peer_id)
+
+
+def ask_for_a_refused_one(server):
+    return ask_for_a_disabled_one(server, "refuse")
+
+
+def claim(server, result, **fields):
+    """One device registers so that the answer is this; its id."""
+    with Peer(server) as peer:
+        assert peer.register(**fields) == result
+        return fields.get("id", peer.peer_id)
+
+
+def register_without_uuid(server):
+    with Peer(server) as peer:
+        peer.tell("register_pk", id=peer.peer_id, pk=bytes(peer.key.verify_key))
+        return peer.peer_id
+
+
+def register_too_often(server):
+    with Peer(server) as peer:
+        assert [peer.register() for _ in range(4)] == [OK] * 3 + [TOO_FREQUENT]
+        return peer.peer_id
+
+
+def register_twice(server, result, **changes):
+    """A device comes from elsewhere to an id that is taken."""
+    with Peer(server).registered() as peer:
+        changes = {"ip": next_ip(), **changes}
+        with peer.moved(**changes) as other:
+            assert other.register() == result
+        return peer.peer_id
+
+
+def clone(server):
+    return register_twice(server, UUID_MISMATCH, device_uuid=b"another installation")
+
+
+def come_with_another_key(server):
+    return register_twice(
+        server, SERVER_ERROR, key=nacl.signing.SigningKey.generate())
+
+
+@contextlib.contextmanager
+def arranged_sessions(server, count=1):
+    """A peer's id and so many sessions that are arranged for it."""
+    with Peer(server).registered() as peer:
+        names = [os.urandom(16).hex() for _ in range(count)]
+        for name in names:
+            arranged(server, peer, name)
+        yield peer.peer_id, names
+
+
+def wait_alone(server, leave=False, **fields):
+    """One end comes to the relay and the other does not."""
+    with arranged_sessions(server) as (peer_id, (name,)):
+        if fields:
+            fields["id"] = peer_id
+        with relay_link(server, name, **fields) as link:
+            if not leave:
+                assert link.ended()
+                return peer_id
+            assert link.is_silent() and not link.ended(0.2)
+        return peer_id
+
+
+def come_a_third_time(server):
+    with arranged_sessions(server) as (peer_id, (name,)):
+        with relay_link(server, name) as one, relay_link(server, name) as other:
+            assert are_paired(one, other)
+            with relay_link(server, name) as third:
+                assert third.ended()
+        return peer_id
+
+
+def links_from_one_place(server, names):
+    """A relay link for each of these sessions, from one address."""
+    ip, links = next_ip(), []
+    for name in names:
+        links.append(open_link(server, "relay", "tcp", ip))
+        links[-1].tell("request_relay", uuid=name)
+    return links
+
+
+def wait_with_many_links(server):
+    with arranged_sessions(server, 3) as (peer_id, names):
+        links = links_from_one_place(server, names)
+        assert all(link.ended() for link in links)
+        return peer_id
+
+
+def relay_two_sessions(server):
+    with arranged_sessions(server, 2) as (peer_id, names):
+        one, two = links_from_one_place(server, names)
+        with one, two, relay_link(server, names[0]) as other:
+            assert are_paired(one, other)
+            with relay_link(server, names[1]) as last:
+                assert last.ended() and two.ended()
+        return peer_id
+
+
+def come_unarranged(server):
+    peer_id = next_peer_id()
+    with relay_link(server, "nobody arranged this", id=peer_id) as link:
+        assert link.ended()
+    return peer_id
+
+
+def come_without_the_key(server, **fields):
+    """A, who was never let in by the ID server, comes to the relay."""
+    name = os.urandom(16).hex()
+    with Peer(server).registered() as peer, Initiator(server).open() as a:
+        a.tell("request_relay", id=peer.peer_id, uuid=name)
+        peer.receive("request_relay")
+        with relay_link(server, name, id=peer.peer_id, **fields) as link:
+            assert link.ended()
+        return peer.peer_id
+
+
+def come_with_a_tolerated_key(server):
+    return wait_alone(server, licence_key="the key of some other server")
+
+
+def come_from_a_refused_address(server):
+    ip = next_ip()
+    order(server, "refuse", ip)
+    with TcpLink(server.address("relay"), (ip, 0)) as link:
+        assert link.ended()
+
+
+def spoil_the_key_exchange(server):
+    with SecuredLink(server) as link:
+        link.take_offer(server.public_key)
+        link.tell("key_exchange", keys=[os.urandom(32), os.urandom(48)])
+        assert link.ended()
+
+
+def talk_nonsense(server):
+    with TcpLink(server.address("rendezvous"), (next_ip(), 0)) as link:
+        link.send(b"\xff" * 20)
+        assert link.ended()
+
+
+def connect_well(server, way):
+    with LivePeer(server) as peer:
+        dial_and_converse(Initiator(server, force_relay=way == "relay"), peer, way)
+        return peer.peer_id
+
+
+Reason = collections.namedtuple("Reason", "word cause explained arguments")
+
+
+def reason(word, cause, explained, *arguments, marks=()):
+    """A case: a word, what causes it, how the log explains it ({id} and {ip} are
+    to be filled in), and the flags of a server that it needs for itself."""
+    return pytest.param(Reason(word, cause, explained, arguments), marks=marks,
+                        id=f"{word}-{getattr(cause, '__name__', '')}".strip("-<>"))
+
+
+ASKED, FROM = "{ip} asked for '{id}'", "'{id}' from {ip}"
+RELAY_LINK, RELAY_LINK_TO = "relay link from {ip}", "relay link from {ip} to '{id}'"
+REASONS = [
+    reason("unknown-id", punch_in_vain, ASKED),
+    reason("unknown-id", ask_relay_in_vain, "{ip} wants to relay to '{id}'"),
+    reason("offline", ask_for_one_from_before_a_restart, (
+        ASKED + ", which was not heard of since this server's start, or for a day"),
+        "--limit", "log-lines=20"),
+    reason("offline", ask_for_one_that_hung_up, (
+        ASKED + r", last heard of \d s ago by WebSocket from {ip}")),
+    reason("offline", ask_for_one_that_fell_silent, (
+        ASKED + r", last heard of 3\d s ago by UDP from {ip}"), marks=slow),
+    reason("offline", hang_up_while_called, "'{id}' left {ip}"),
+    *(reason(word, functools.partial(punch_in_vain, licence_key=key), ASKED)
+      for word, key in WRONG_KEYS.items()),
+    reason("no-answer", lose_calls, (
+        r"'{id}' was called 2 times for {ip}; are its UDP and TCP paths to us open\?")),
+    reason("initiator-left", leave_at_once, "{ip}, which called '{id}'"),
+    reason("too-many-requests", ask_too_often, ASKED),
+    reason("too-many-targets", ask_for_two_at_a_time, ASKED + " as well"),
+    reason("disabled", ask_for_a_disabled_one, ASKED),
+    reason("refused-id", ask_for_a_refused_one, ASKED),
+    reason("id-too-short", functools.partial(claim, result=UUID_MISMATCH, id="12345"),
+           FROM),
+    reason("bad-id", functools.partial(claim, result=5, id="with blank"), FROM),
+    reason("bad-public-key", functools.partial(claim, result=NOT_SUPPORT, pk=b"short"),
+           FROM),
+    reason("no-device-uuid", register_without_uuid, FROM),
+    reason("too-frequent", register_too_often, FROM),
+    reason("device-mismatch", clone, FROM + r": another device, last at [\d.]+, has it"),
+    reason("key-changed", come_with_another_key, FROM),
+    reason("awaits-approval", functools.partial(claim, result=NOT_DEPLOYED), FROM,
+           "--enroll", "approve"),
+    reason("not-enrolled", functools.partial(claim, result=NOT_DEPLOYED), FROM,
+           "--enroll", "closed"),
+    reason("lonely", functools.partial(wait_alone, id="of the peer"), (
+        RELAY_LINK_TO + ": it is the initiator, and the controlled device did not come "
+        r"in 1 s; is its path to this port open\?")),
+    reason("lonely", wait_alone, (
+        RELAY_LINK + ": it is the controlled device, and the initiator did not come "
+        r"in 1 s; is its path to this port open\?")),
+    reason("lonely", functools.partial(wait_alone, leave=True), (
+        RELAY_LINK + " left: it is the controlled device, and the initiator had not "
+        "come yet")),
+    reason("no-ticket", come_unarranged, (
+        RELAY_LINK_TO + ": the ID server has not arranged this session")),
+    reason("ticket-used", come_a_third_time, RELAY_LINK),
+    reason("too-many-relay-links", wait_with_many_links, RELAY_LINK),
+    reason("too-many-sessions", relay_two_sessions, RELAY_LINK),
+    reason("no-key", come_without_the_key, RELAY_LINK_TO),
+    reason("public-service-key", functools.partial(
+        come_without_the_key, licence_key=PUBLIC_SERVICE_KEY), RELAY_LINK_TO),
+    reason("wrong-key", functools.partial(come_without_the_key, licence_key="wrong"),
+           RELAY_LINK_TO),
+    reason("tolerated-wrong-key", come_with_a_tolerated_key, RELAY_LINK_TO),
+    reason("refused-address", come_from_a_refused_address, "{ip}"),
+    reason("secure-failed", spoil_the_key_exchange, "{ip}: key exchange: .+"),
+    reason("malformed", talk_nonsense, "{ip}: .+"),
+    reason("introduced", functools.partial(connect_well, way="direct"),
+           "{ip} got the .+"),
+    reason("relay-arranged", functools.partial(connect_well, way="relay"),
+           "{ip} meets '{id}' at the relay"),
+    reason("finished", functools.partial(connect_well, way="relay"), (
+        r"session \d+ of {ip} and {ip} after [\d.]+ s, [\d.]+ MB")),
+]
+
+
+def outcome_count(server, word):
+    """How often `status` has counted an outcome."""
+    return dict(order(server, "status")["rows"]).get(word, 0)
+
+
+def readme_on(word):
+    """What the README says to who looks for this word of the log."""
+    text = source_of("README.md").partition("## When it does not connect")[2]
+    text = text.partition("\n## ")[0]
+    rows = [row[1] for row in table_rows(text) if f"`{word}`" in row[0]]
+    outcomes = text.partition("Outcomes are logged as well")[2]
+    return rows or [told for told in re.split("[,;:]", outcomes) if f"`{word}`" in told]
+
+
+@pytest.mark.parametrize("case", REASONS)
+def test_reason_of_an_attempt_is_in_the_log_the_counter_the_status_and_the_readme(
+        case, reason_server):
+    with contextlib.ExitStack() as stack:
+        server = reason_server
+        if case.arguments:
+            server = stack.enter_context(ServerProcess(*case.arguments, tickets=True))
+        since, before = len(server.log()), outcome_count(server, case.word)
+        peer_id = case.cause(server)
+        explained = case.explained.format(
+            ip=r"127\.\d+\.\d+\.\d+:\d+", id=re.escape(peer_id or ""))
+        server.wait_for_log(
+            rf"(?m) (refused, )?{case.word}: {explained}$", since=since)
+        assert outcome_count(server, case.word) > before
+        told = [text for _, word, text in order(server, "status", peer_id)["rows"]
+                if word == case.word] if peer_id else []
+        assert any(re.fullmatch(explained, text) for text in told) or not peer_id
+        assert len(readme_on(case.word)) == 1
 
 
 # -- consoles, directories, users --
