@@ -16582,8 +16582,9 @@ Reason = collections.namedtuple("Reason", "word cause explained arguments")
 def reason(word, cause, explained, *arguments, marks=()):
     """A case: a word, what causes it, how the log explains it ({id} and {ip} are
     to be filled in), and the flags of a server that it needs for itself."""
+    name = getattr(cause, "func", cause).__name__
     return pytest.param(Reason(word, cause, explained, arguments), marks=marks,
-                        id=f"{word}-{getattr(cause, '__name__', '')}".strip("-<>"))
+                        id=f"{word}-{name}")
 
 
 ASKED, FROM = "{ip} asked for '{id}'", "'{id}' from {ip}"
@@ -16615,7 +16616,8 @@ REASONS = [
            FROM),
     reason("no-device-uuid", register_without_uuid, FROM),
     reason("too-frequent", register_too_often, FROM),
-    reason("device-mismatch", clone, FROM + r": another device, last at [\d.]+, has it"),
+    reason("device-mismatch", clone, (
+        FROM + r": another device, last at 127\.\d+\.\d+\.\d+, has it")),
     reason("key-changed", come_with_another_key, FROM),
     reason("awaits-approval", functools.partial(claim, result=NOT_DEPLOYED), FROM,
            "--enroll", "approve"),
@@ -16685,6 +16687,70 @@ def test_reason_of_an_attempt_is_in_the_log_the_counter_the_status_and_the_readm
                 if word == case.word] if peer_id else []
         assert any(re.fullmatch(explained, text) for text in told) or not peer_id
         assert len(readme_on(case.word)) == 1
+
+
+def test_status_of_an_id_tells_its_route_its_version_and_its_attempts(server):
+    with LivePeer(server) as peer:
+        punch_in_vain(server, peer.peer_id, licence_key="another")
+        dial_and_converse(Initiator(server), peer, "direct")
+        address = "%s:%d" % peer.socket.getsockname()
+        status, said = ask_cli(server, "status", peer.peer_id, "--json")
+        (told,) = json.loads(said)
+        assert status == 0 and [row[1] for row in told["rows"]] == [
+            "introduced", "wrong-key", "registered"]
+        assert all(re.fullmatch(r"\d+ s ago", row[0]) for row in told["rows"])
+        assert re.fullmatch(rf"{peer.peer_id}, online, {address}, UDP, \d+ s ago, "
+                            f"version {CLIENT_VERSION}", told["said"])
+        _, said = ask_cli(server, "status", peer.peer_id)
+        assert re.match(r"when +outcome +how\n\d+ s ago +introduced +127\.", said)
+
+
+def test_status_without_an_id_tells_what_goes_on_and_counts_outcomes(server):
+    punch_in_vain(server)
+    status, said = ask_cli(server, "status", "--json")
+    (told,) = json.loads(said)
+    assert status == 0 and told["said"].startswith("ok, version ")
+    assert told["columns"] == ["outcome", "since the start"]
+    assert dict(told["rows"])["unknown-id"] >= 1
+
+
+def test_relay_alone_tells_of_an_id_what_it_knows_itself():
+    with ServerProcess(role="hbbr") as relay:
+        with relay_link(relay, "u", id="123456789") as link:
+            assert not link.ended(0.3)
+        relay.wait_for_log("refused, lonely")
+        told = order(relay, "status", "123456789")
+        assert [row[1] for row in told["rows"]] == ["lonely"] and not told["said"]
+
+
+#: Ids as strangers make them up.
+STRANGE_IDS = {
+    "long": "x" * 60_000, "wide": "\U0010ffff" * 9_000, "line": "a\nb\tc",
+    "terminal": "\x1b]0;x\x07\x1b[2J", "nul": "\0" * 50, "direction": "\u202eabc",
+    "quotes": "'\"\\{}%s", "option": "--json"}
+
+
+@pytest.mark.parametrize("name", STRANGE_IDS)
+def test_id_that_a_stranger_made_up_does_not_break_its_status(server, name):
+    peer_id = STRANGE_IDS[name]
+    punch_in_vain(server, peer_id)
+    told = order(server, "status", peer_id)
+    assert told["rows"] and told["said"].startswith("nobody registered ")
+    assert len(json.dumps(told)) < 1500 + 500 * len(told["rows"])
+    assert all("asked for " in row[2] for row in told["rows"])
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown):
+        assert rustdesk_server.show_replies([told], False) == 0
+    assert shown.getvalue().replace("\n", "").isprintable()
+    assert len(shown.getvalue().splitlines()) == len(told["rows"]) + 2
+
+
+def test_long_ids_are_kept_by_their_beginning_alone(server):
+    begun = "begins alike" + "x" * 88
+    for ending in "y" * 500, "z" * 50_000, "":
+        punch_in_vain(server, begun + ending)
+    assert [row[1] for row in order(server, "status", begun)["rows"]] == [
+        "unknown-id"] * 3
 
 
 # -- consoles, directories, users --
