@@ -5463,7 +5463,8 @@ class Rendezvous:
         def written(later):
             self.unwritten.pop(request.id, None)
             self.end_route(request.old_id)
-            yield Report("renamed", f"{request.old_id!a} is {request.id!a} now")
+            text = f"{request.old_id!a} is {request.id!a} now"
+            yield Report("renamed", text, request.id)
             yield reply(origin, RegisterPkResponse(result=Result.OK))
 
         def failed(later):

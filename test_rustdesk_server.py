@@ -16470,6 +16470,55 @@ def come_with_another_key(server):
         server, SERVER_ERROR, key=nacl.signing.SigningKey.generate())
 
 
+def come_while_the_phone_answers(server):
+    with phone(server) as peer, peer.moved(next_ip()) as poser:
+        poser.tell("register_pk", id=peer.peer_id, uuid=peer.device_uuid,
+                   pk=bytes(peer.key.verify_key))
+        assert peer.receive("register_peer_response").request_pk
+        assert peer.register() == OK and poser.receive().result == TOO_FREQUENT
+        return peer.peer_id
+
+
+def rename_from_elsewhere(server):
+    with Peer(server).registered() as peer:
+        assert change_id(server, peer, next_new_id(), ip=next_ip()) == SERVER_ERROR
+        return peer.peer_id
+
+
+def rename_to_a_taken_id(server):
+    with Peer(server).registered() as peer, Peer(server, next_new_id()) as other:
+        other.registered()
+        assert change_id(server, peer, other.peer_id) == ID_EXISTS
+        return peer.peer_id
+
+
+def rename(server):
+    wanted = next_new_id()
+    with Peer(server).registered() as peer:
+        assert change_id(server, peer, wanted) == OK
+    return wanted
+
+
+def register(server):
+    with Peer(server).registered() as peer:
+        return peer.peer_id
+
+
+def hang_up(server):
+    with Peer(server) as peer:
+        come_by_websocket(server, peer).close()
+        return peer.peer_id
+
+
+def be_kicked(server):
+    with LivePeer(server) as peer:
+        here = Initiator(server, force_relay=True).dial(peer.peer_id)
+        there = peer.next_session()
+        order(server, "kick", peer.peer_id)
+        assert here.receive() is there.receive() is None
+        return peer.peer_id
+
+
 @contextlib.contextmanager
 def arranged_sessions(server, count=1):
     """A peer's id and so many sessions that are arranged for it."""
@@ -16619,6 +16668,10 @@ REASONS = [
     reason("device-mismatch", clone, (
         FROM + r": another device, last at 127\.\d+\.\d+\.\d+, has it")),
     reason("key-changed", come_with_another_key, FROM),
+    reason("old-route-lives", come_while_the_phone_answers,
+           FROM + ": {ip} answers"),
+    reason("not-owner", rename_from_elsewhere, r"'{id}' to 'renamed-\d+' from {ip}"),
+    reason("id-taken", rename_to_a_taken_id, r"'{id}' to 'renamed-\d+' from {ip}"),
     reason("awaits-approval", functools.partial(claim, result=NOT_DEPLOYED), FROM,
            "--enroll", "approve"),
     reason("not-enrolled", functools.partial(claim, result=NOT_DEPLOYED), FROM,
@@ -16652,6 +16705,11 @@ REASONS = [
            "{ip} meets '{id}' at the relay"),
     reason("finished", functools.partial(connect_well, way="relay"), (
         r"session \d+ of {ip} and {ip} after [\d.]+ s, [\d.]+ MB")),
+    reason("cut", be_kicked, (
+        r"session \d+ of {ip} and {ip} after [\d.]+ s, [\d.]+ MB")),
+    reason("registered", register, "'{id}' is at {ip}, udp"),
+    reason("left", hang_up, "'{id}' hung up at {ip}"),
+    reason("renamed", rename, r"'\d+' is '{id}' now"),
 ]
 
 
