@@ -4676,6 +4676,8 @@ class Attempts:
 
     #: Attempts kept for an id, ids, and how long after the last one.
     KEPT_ATTEMPTS, KEPT_IDS, ATTEMPTS_SECONDS = 10, 5000, 86400.0
+    #: Ids that nobody registered: who makes them up displaces no others.
+    KEPT_STRANGE_IDS = 500
     #: Of an explanation; only ids that nobody has make longer ones.
     KEPT_CHARACTERS = 320
 
@@ -4688,6 +4690,8 @@ class Attempts:
     def __init__(self):
         self.counters = collections.Counter()
         self.by_id = ExpiringTable(self.ATTEMPTS_SECONDS, self.KEPT_IDS)
+        self.by_strange_id = ExpiringTable(
+            self.ATTEMPTS_SECONDS, self.KEPT_STRANGE_IDS)
         self.punch_requests = collections.deque(maxlen=self.KEPT_REQUESTS)
         self.changes = ExpiringTable(self.CHANGES_SECONDS, self.KEPT_CHANGES)
 
@@ -4695,14 +4699,22 @@ class Attempts:
         """One more of an outcome."""
         self.counters[word] += 1
 
-    def note(self, peer_id, word, text, now):
-        """Remember how an attempt that is about an id has ended."""
-        last = self.by_id.get(peer_id)
+    def note(self, peer_id, word, text, now, known=True):
+        """Remember how an attempt that is about an id has ended; whether the
+        id is somebody's."""
+        table = self.by_id if known else self.by_strange_id
+        last = table.get(peer_id)
         if last is None:
-            self.by_id.expire(now)
+            table.expire(now)
             last = collections.deque(maxlen=self.KEPT_ATTEMPTS)
         last.append(Attempt(now, word, text[:self.KEPT_CHARACTERS]))
-        self.by_id.put(peer_id, last, now)
+        table.put(peer_id, last, now)
+
+    def last(self, peer_id):
+        """How the last attempts about an id have ended, the latest last."""
+        tables = self.by_strange_id, self.by_id  # it was strange before it was known
+        return [attempt for table in tables
+                for attempt in table.get(peer_id) or ()][-self.KEPT_ATTEMPTS:]
 
     def note_punch(self, initiator_ip, peer_id, target_ip, now):
         """Remember who asked for whom."""
@@ -9493,7 +9505,9 @@ class Server:
     def note(self, peer_id, word, text):
         """Let an outcome be found among the last attempts of an id."""
         if peer_id:
-            self.attempts.note(peer_id[:MAX_ID_BYTES], word, text, self.loop.now)
+            known = self.store is None or peer_id in self.store.peers
+            self.attempts.note(
+                peer_id[:MAX_ID_BYTES], word, text, self.loop.now, known)
 
     def do_event(self, action):
         """Tell the operator's command of an event."""
@@ -9984,7 +9998,7 @@ class Operator:
             registration = self.rendezvous.registrations.get(peer_id)
             version = registration.version if registration else ""
             said = ", ".join(filter(None, [*row, version and f"version {version}"]))
-        attempts = self.server.attempts.by_id.get(peer_id[:MAX_ID_BYTES]) or ()
+        attempts = self.server.attempts.last(peer_id[:MAX_ID_BYTES])
         rows = [[f"{now - attempt.at:.0f} s ago", attempt.word, attempt.text]
                 for attempt in reversed(attempts)]
         return {"columns": ["when", "outcome", "how"], "rows": rows, "said": said}

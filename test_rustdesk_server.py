@@ -6337,7 +6337,7 @@ def test_longest_session_uuid_fits_a_line_of_tickets(letter):
 
 def kept_texts(attempts, peer_id):
     """The explanations kept under an id."""
-    return [attempt.text for attempt in attempts.by_id.get(peer_id) or ()]
+    return [attempt.text for attempt in attempts.last(peer_id)]
 
 
 def test_last_ten_attempts_of_an_id_are_kept_with_their_times():
@@ -6345,7 +6345,7 @@ def test_last_ten_attempts_of_an_id_are_kept_with_their_times():
     for number in range(25):
         attempts.note(B_ID, "offline", str(number), NOW + number)
     assert kept_texts(attempts, B_ID) == [str(number) for number in range(15, 25)]
-    assert attempts.by_id.get(B_ID)[-1] == (NOW + 24, "offline", "24")
+    assert attempts.last(B_ID)[-1] == (NOW + 24, "offline", "24")
 
 
 def test_so_many_ids_have_their_attempts_kept_and_the_longest_unused_goes_first():
@@ -6358,6 +6358,20 @@ def test_so_many_ids_have_their_attempts_kept_and_the_longest_unused_goes_first(
     assert len(attempts.by_id) == most
     assert kept_texts(attempts, "0") == ["once", "again"]
     assert kept_texts(attempts, "1") == [] and kept_texts(attempts, "2") == ["once"]
+
+
+def test_ids_that_strangers_make_up_displace_no_attempts_of_a_device():
+    attempts = rustdesk_server.Attempts()
+    attempts.note(B_ID, "unknown-id", "before it registered", NOW, known=False)
+    attempts.note(B_ID, "offline", "after", NOW + 1)
+    assert kept_texts(attempts, B_ID) == ["before it registered", "after"]
+    for number in range(attempts.KEPT_IDS + 1):
+        attempts.note(str(number), "unknown-id", "once", NOW + 2, known=False)
+    assert len(attempts.by_strange_id) == attempts.KEPT_STRANGE_IDS
+    assert kept_texts(attempts, B_ID) == ["after"]
+    for number in range(20):
+        attempts.note(B_ID, "offline", str(number), NOW + 3, known=number % 2)
+    assert len(kept_texts(attempts, B_ID)) == attempts.KEPT_ATTEMPTS
 
 
 def test_attempts_are_forgotten_a_day_after_the_last_one():
@@ -16801,6 +16815,16 @@ def test_id_that_a_stranger_made_up_does_not_break_its_status(server, name):
         assert rustdesk_server.show_replies([told], False) == 0
     assert shown.getvalue().replace("\n", "").isprintable()
     assert len(shown.getvalue().splitlines()) == len(told["rows"]) + 2
+
+
+def test_ids_that_strangers_ask_for_displace_each_other_only():
+    with ServerProcess("--exempt", "127.0.0.0/8") as server:
+        with Peer(server).registered() as peer, Initiator(server).open() as link:
+            for number in range(rustdesk_server.Attempts.KEPT_STRANGE_IDS + 1):
+                link.send(Initiator(server).punch_request("stranger-%d" % number))
+                link.expect("punch_hole_response")
+        assert [len(order(server, "status", peer_id)["rows"]) for peer_id in (
+            peer.peer_id, "stranger-0", "stranger-1")] == [1, 0, 1]
 
 
 def test_long_ids_are_kept_by_their_beginning_alone(server):
