@@ -7662,7 +7662,7 @@ def test_key_policy_of_the_rendezvous_tells_the_wrong_keys_apart(key):
             OTHER_KEYS[key], Send(a.link, refused)]
         assert world.role.accepted.entries == {}
     tolerated, call = registered(key_policy="warn").punch(by_link(), licence_key=key)
-    assert tolerated == Tolerate(OTHER_KEYS[key], text)
+    assert tolerated == Tolerate(OTHER_KEYS[key], text, B_ID)
     assert [type(action) for action in registered(key_policy="open").punch(
         by_link(), licence_key=key)] == [type(call)] == [SendDatagram]
 
@@ -8649,7 +8649,8 @@ def test_key_policy_of_the_relay_tells_the_wrong_keys_apart(key, policy, tickets
     text = f"relay link from {A_PLACE} to '{B_ID}'"
     assert world.come(link, id=B_ID, licence_key=key) == {
         "refused": [OTHER_KEYS[key], Close(link)],
-        "tolerated": [rustdesk_server.Tolerate(OTHER_KEYS[key], text)], "": []}[told]
+        "tolerated": [rustdesk_server.Tolerate(OTHER_KEYS[key], text, B_ID)],
+        "": []}[told]
 
 
 def test_refused_id_is_not_reached_over_the_relay():
