@@ -49,8 +49,8 @@ The sections, each using only those above it (its last banner line says which):
      3 Wire format          10 Peer store           17 Connections
      4 Messages             11 Attempts             18 Server
      5 Frames and addresses 12 Actions              19 Maintenance
-     6 WebSocket and HTTP   13 Rendezvous           21 Command line
-     7 Keys                 14 Relay
+     6 WebSocket and HTTP   13 Rendezvous           20 Doctor
+     7 Keys                 14 Relay                21 Command line
 
 Sections 3 to 15 do no input or output but reading and writing their own files (7, 8,
 10): no sockets, no clock, no randomness.  `grep -n '^# ==' rustdesk_server.py` prints
@@ -2703,6 +2703,49 @@ def built_in_sign(message, secret):
     challenge = hashlib.sha512(point + secret[32:] + message).digest()
     product = int.from_bytes(challenge, "little") * scalar
     return point + ((nonce + product) % ED25519_ORDER).to_bytes(32, "little") + message
+
+
+def multiply_point(scalar, point):
+    """`scalar` times any point, by doubling and adding; slow."""
+    product = (0, 1, 1, 0)
+    for bit in f"{scalar:b}":
+        product = add_points(product, product)
+        if bit == "1":
+            product = add_points(product, point)
+    return product
+
+
+def decode_point(data):
+    """The point that 32 bytes stand for (RFC 8032 5.1.3), or ValueError."""
+    prime, value = ED25519_PRIME, int.from_bytes(data, "little")
+    sign_bit, y = value >> 255, value & (1 << 255) - 1
+    square = (y * y - 1) * pow(ED25519_D * y * y + 1, -1, prime) % prime
+    x = pow(square, (prime + 3) // 8, prime)
+    if x * x % prime != square:
+        x = x * pow(2, (prime - 1) // 4, prime) % prime
+    if y >= prime or x * x % prime != square or not x and sign_bit:
+        raise ValueError("no point of the curve")
+    if x & 1 != sign_bit:
+        x = prime - x
+    return x, y, 1, x * y % prime
+
+
+def is_signed_by(public, data):
+    """Whether 64 bytes of signature before a message are of this key (RFC 8032
+    5.1.7)."""
+    challenge = hashlib.sha512(data[:32] + public + data[64:]).digest()
+    scalar = int.from_bytes(data[32:64], "little")
+    try:
+        one = multiply_point(
+            int.from_bytes(challenge, "little") % ED25519_ORDER, decode_point(public))
+        one = add_points(decode_point(data[:32]), one)
+    except ValueError:
+        return False
+    x, y, z, _ = multiply_point(scalar, (*ED25519_BASE, 1, ED25519_BASE[0]
+                                         * ED25519_BASE[1] % ED25519_PRIME))
+    return len(data) >= 64 and scalar < ED25519_ORDER and not (
+        (x * one[2] - one[0] * z) % ED25519_PRIME
+        or (y * one[2] - one[1] * z) % ED25519_PRIME)
 
 
 def nacl_public_key(seed):
@@ -10177,12 +10220,29 @@ class Operator:
         fault = {"fault": f"nothing is changed: {why}"}
         answer(fault if why else {"said": "read again"})
 
+    # -- for the doctor --------------------------------------------------------
+
+    def facts(self, words, answer):
+        """Where we listen, as a doctor on this machine has to know it."""
+        server = self.server
+        ports = {listener.name: listener.address.port for listener in server.listeners}
+        entries = self.rendezvous.relays.entries if self.rendezvous else ()
+        answer({"pid": os.getpid(), "role": server.role, "ports": ports,
+                "bind": server.config.bind, "rmem": server.config.rmem,
+                "relays": [entry.name for entry in entries]})
+
+    def ticket(self, words, answer):
+        """Arrange one session of the doctor's with itself."""
+        session_uuid = f"doctor-{os.urandom(16).hex()}"
+        self.server.perform([Arrange(session_uuid, "", False)])
+        answer({"session_uuid": session_uuid})
+
     COMMANDS = {
         "status": status, "peers": peers, "sessions": sessions, "kick": kick,
         "forget": forget, "reclaim": reclaim, "approve": approve, "disable": disable,
         "allow": allow, "refuse": refuse, "limits": limits,
         "relay-servers": relay_servers, "always-use-relay": always_use_relay,
-        "reload": reload,
+        "reload": reload, "facts": facts, "ticket": ticket,
     }
 
 
@@ -11338,6 +11398,881 @@ def show_item(item):
     return str(item)
 
 
+# == 20. Doctor ================================================================
+#
+# The client that tests a server: from the server's own machine, where it looks
+# at the system as well, and from a client's network.  It is a plain blocking
+# client.  Each check yields `Finding`s: what was seen, why probably, and what
+# to do.  Its id cannot be registered, so nothing of it reaches the store.
+#
+# Uses: Constants, Refusals, Messages, Frames and addresses, WebSocket and HTTP,
+# Keys, Configuration, Peer store, Connections, Server, Maintenance.
+
+GOOD, WARNING, FAULT = "ok", "warning", "fault"
+
+#: No device can have this id, for its blank: the server knows nobody by it.
+DOCTORS_ID = "the doctor"
+#: How often a datagram is sent before its way counts as blocked.
+DATAGRAM_TRIES = 3
+#: A relay ends links that nobody has arranged after 5 s (`early-seconds`), and
+#: those with a wrong key at once.
+AT_ONCE_SECONDS, UNARRANGED_SECONDS = 2.0, 10.0
+#: A certificate that is not renewed by now will not be, it seems.
+RENEWAL_DAYS = 14
+#: The two times of a certificate's validity (RFC 5280 4.1.2.5), in DER.
+VALIDITY = re.compile(
+    rb"\x30.(?:\x17\x0d|\x18\x0f)\d+Z(?:\x17\x0d|\x18\x0f)(\d+)Z", re.S)
+#: What a server should be able to open, and what its disk should have left.
+FEW_DESCRIPTORS, LITTLE_ROOM_BYTES = 4096, 16 * 1024 * 1024
+#: As much is written to see whether the disk takes it.
+TRIAL_BYTES = 64 * 1024
+
+
+class Finding(collections.namedtuple("Finding", "level topic sentence remedy")):
+    """What one check has found: GOOD, WARNING or FAULT, and why."""
+
+    __slots__ = ()
+
+
+class Check(collections.namedtuple("Check", "topic level find")):
+    """One test: `find(patient)` yields (level, sentence, remedy); when it gets no
+    answer, that is of this level."""
+
+    __slots__ = ()
+
+
+class NoAnswer(Exception):
+    """What was asked for did not come: a sentence why, and the remedy."""
+
+
+class Patient:
+    """The server that is examined, and what is known of it so far."""
+
+    def __init__(self, host, port, key, seconds, ask):
+        self.host = host
+        self.key = key
+        self.seconds = seconds
+        self.ask = ask  # a function that asks the running servers of the directory
+        self.ips = ()
+        self.directory = self.config = None  # where its state is, if that is here
+        self.facts = {}  # what the server of that directory says of itself
+        self.relays = ()
+        self.ports = {
+            "rendezvous": port, "nat-test": port + NAT_TEST_OFFSET,
+            "rendezvous-websocket": port + WEBSOCKET_OFFSET,
+            "relay": port + RELAY_OFFSET,
+            "relay-websocket": port + RELAY_OFFSET + WEBSOCKET_OFFSET}
+        self.takes_key = None  # the ID server, once it has answered by TCP
+
+    def meet(self, facts, take_ports):
+        """Take what a running server says of itself, the ID server first."""
+        self.facts = {**facts, **self.facts}
+        self.relays = self.relays or tuple(facts.get("relays", ()))
+        if take_ports:
+            self.ports.update(facts.get("ports", {}))
+
+    @property
+    def is_here(self):
+        """Whether the address under test is one of this machine."""
+        return any(map(is_own_address, self.ips))
+
+    def ticket(self):
+        """The uuid of a session that the server here has arranged for us, or a
+        new one."""
+        for reply in self.ask(["ticket"]) if self.facts else ():
+            if "session_uuid" in reply:
+                return reply["session_uuid"]
+        return f"doctor-{os.urandom(16).hex()}"
+
+
+def is_own_address(ip):
+    """Whether an address is this machine's."""
+    family = socket.AF_INET6 if ":" in ip else socket.AF_INET
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as sock:
+            sock.bind((ip, 0))
+    except OSError:
+        return False
+    return True
+
+
+# -- connections ---------------------------------------------------------------
+
+
+def resolve(host, port):
+    """The addresses of a name, IPv4 first; NoAnswer if it has none."""
+    try:
+        # As bytes, since text needs a module that small systems lack.
+        found = socket.getaddrinfo(
+            host.encode("ascii"), port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        raise NoAnswer(
+            f"the name {host!a} has no address: {getattr(error, 'strerror', error)}",
+            "correct the name, or make a DNS record for it") from None
+    return sorted(dict.fromkeys(address_of(one[4]).ip for one in found),
+                  key=lambda ip: ":" in ip)
+
+
+def dial(patient, kind, address):
+    """A connected socket; NoAnswer if there is no way."""
+    family = socket.AF_INET6 if address.is_ipv6 else socket.AF_INET
+    sock = socket.socket(family, kind)
+    sock.settimeout(patient.seconds)
+    try:
+        sock.connect(tuple(address))
+    except OSError as error:
+        sock.close()
+        raise no_way(patient, kind, address, error) from None
+    return sock
+
+
+def no_way(patient, kind, address, error):
+    """Why something cannot be reached, as a `NoAnswer`."""
+    transport = "udp" if kind == socket.SOCK_DGRAM else "tcp"
+    where, port = f"{transport} {address}", f"{transport.upper()} {address.port}"
+    here = is_own_address(address.ip)
+    if isinstance(error, socket.timeout) or error.errno == errno.ETIMEDOUT:
+        return NoAnswer(
+            f"{where} does not answer within {patient.seconds:g} s: "
+            + lost_where(patient, here),
+            f"let {port} through, and have the router pass it on to the server")
+    if error.errno == errno.ECONNREFUSED:
+        cause = ("nothing listens there" if here else
+                 "nothing listens there, or a firewall rejects it")
+        return NoAnswer(f"{where} refuses: {cause}",
+                        f"start the server, and let {port} through")
+    if error.errno in (errno.EPERM, errno.EACCES):
+        return NoAnswer(f"{where} is forbidden by the firewall of this very machine",
+                        f"let {port} out")
+    return NoAnswer(f"{where} cannot be reached: {error.strerror or error}",
+                    "see to the network between here and there")
+
+
+def lost_where(patient, here):
+    """Where what is sent gets lost, probably."""
+    if here:
+        return "this machine's own firewall drops it"
+    cause = "a firewall drops it, or a router does not pass it on"
+    if patient.facts:  # the server runs here, so the address is the router's
+        cause += ("; or the router does not lead its own public address back inside "
+                  "(hairpin NAT), then only a test from outside tells")
+    return cause
+
+
+class Probe:
+    """A connection of the doctor's, as a client has one: messages in frames."""
+
+    def __init__(self, patient, address):
+        self.address = address
+        self.started = time.monotonic()
+        self.socket = dial(patient, socket.SOCK_STREAM, address)
+        self.framing = LengthFraming(MAX_FRAME_BYTES)
+        self.seconds = patient.seconds
+        self.until = time.monotonic() + self.seconds
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.socket.close()
+
+    def send(self, data):
+        """Send bytes as they are."""
+        try:
+            self.socket.sendall(data)
+        except OSError:
+            pass  # it has hung up: reading tells
+
+    def say(self, message):
+        """Send a message in a frame."""
+        self.send(self.framing.wrap(encode_message(message)))
+
+    def receive(self):
+        """More bytes, or b"" at the end; NoAnswer when they take too long."""
+        self.socket.settimeout(max(0.001, self.until - time.monotonic()))
+        try:
+            return self.socket.recv(RECEIVE_BYTES)
+        except socket.timeout:
+            raise NoAnswer(
+                f"tcp {self.address} takes connections and answers nothing within "
+                f"{self.seconds:g} s: it is another program, or something on the way "
+                "that accepts for it",
+                "see what listens there, and where the router leads it") from None
+        except OSError:
+            return b""
+
+    def take(self):
+        """The payload of the next frame, or None at the end."""
+        while True:
+            try:
+                payload = self.framing.take()
+            except Refused:
+                return None
+            data = self.receive() if payload is None else b""
+            if payload is not None or not data:
+                return payload
+            self.framing.receive(data)
+
+    def hear(self, kind):
+        """The next message of a kind; NoAnswer if the connection ends
+        before."""
+        while True:
+            payload = self.take()
+            if payload is None:
+                raise NoAnswer(
+                    f"tcp {self.address} hangs up without an answer: it is no RustDesk "
+                    "server, or refuses this address", "see what listens there, and "
+                    "its log")
+            try:
+                message = decode_message(payload)
+            except Refused:
+                continue
+            if isinstance(message, kind):
+                return message
+
+    def read_until(self, mark, most=MAX_HTTP_HEAD_BYTES):
+        """All bytes up to a mark and what came behind it, or to the end."""
+        data = b""
+        while mark not in data and len(data) < most:
+            more = self.receive()
+            if not more:
+                break
+            data += more
+        return data
+
+    @property
+    def took(self):
+        """How long it has taken, for people."""
+        return f"{(time.monotonic() - self.started) * 1000:.0f} ms"
+
+
+def call(patient, name):
+    """A `Probe` to one of the ports of the ID server or the relay beside it."""
+    return Probe(patient, Address(patient.ips[0], patient.ports[name]))
+
+
+# -- the ID server -------------------------------------------------------------
+
+
+def find_host(patient):
+    """Does the name have addresses, and can each be reached?"""
+    patient.ips = resolve(patient.host, patient.ports["rendezvous"])
+    shown = ", ".join(patient.ips)
+    if shown != patient.host:
+        yield GOOD, f"{patient.host} is {shown}", ""
+    for ip in patient.ips[1:]:
+        address = Address(ip, patient.ports["rendezvous"])
+        try:
+            dial(patient, socket.SOCK_STREAM, address).close()
+        except NoAnswer as trouble:
+            yield (WARNING, f"one address of {patient.host} does not work: "
+                   f"{trouble.args[0]}", f"remove {ip} from the DNS, or open it")
+
+
+def find_id_server(patient):
+    """Does the ID server answer who asks for a peer?"""
+    with call(patient, "rendezvous") as probe:
+        probe.say(PunchHoleRequest(id=DOCTORS_ID, licence_key=patient.key))
+        failure = probe.hear(PunchHoleResponse).failure
+        patient.takes_key = failure != PunchHoleResponse.Failure.LICENSE_MISMATCH
+        yield GOOD, f"tcp {probe.address} answers in {probe.took}", ""
+
+
+def find_key(patient):
+    """Does it take our key?"""
+    if patient.takes_key is None:
+        return  # it has not answered
+    if patient.takes_key:
+        yield GOOD, "the server takes the key that was given" if patient.key else (
+            "the server asks for no key"), ""
+    elif not patient.key:
+        yield (WARNING, "the server asks for a key and none was given: the key is not "
+               "tested", "--key KEY names the one that your clients have")
+    else:
+        whose = ("it is the public service's" if patient.key == PUBLIC_SERVICE_KEY
+                 else "it is another server's, or mistyped")
+        yield (FAULT, f"wrong key: the server does not take {patient.key}; {whose}",
+               "give the clients the key that the server prints when it starts "
+               f"({PUBLIC_KEY_FILE})")
+
+
+def find_signature(patient):
+    """Is it the server that the key belongs to?  To who is silent, it offers an
+    exchange key under its signature."""
+    try:
+        public = decode_base64(patient.key, PUBLIC_KEY_BYTES)
+    except ValueError:
+        return
+    with call(patient, "rendezvous") as probe:
+        offers = probe.hear(KeyExchange).keys
+    if len(offers) == 1 and is_signed_by(public, offers[0]):
+        yield GOOD, "what the server signs is signed by this key", ""
+    else:
+        yield (FAULT, f"what the server signs is not signed by {patient.key}: clients "
+               "with that key cannot trust it", "give them the key of this server")
+
+
+def find_registration(patient):
+    """Do datagrams reach the ID server, and its answers us?"""
+    address = Address(patient.ips[0], patient.ports["rendezvous"])
+    request = encode_message(RegisterPeer(id=DOCTORS_ID, serial=1))
+    with dial(patient, socket.SOCK_DGRAM, address) as sock:
+        sock.settimeout(patient.seconds / DATAGRAM_TRIES)
+        for lost in range(DATAGRAM_TRIES):
+            started = time.monotonic()
+            try:
+                sock.send(request)
+                answer = sock.recv(MAX_DATAGRAM_BYTES)
+            except socket.timeout:
+                continue
+            except OSError as error:
+                raise no_way(patient, socket.SOCK_DGRAM, address, error) from None
+            yield from judge_registration(
+                answer, address, lost, time.monotonic() - started)
+            return
+    while_tcp = ", while TCP answers" if patient.takes_key is not None else ""
+    raise NoAnswer(
+        f"udp {address} is blocked: no answer to {DATAGRAM_TRIES} datagrams"
+        f"{while_tcp}; {lost_where(patient, is_own_address(address.ip))}.  Devices "
+        "cannot register", f"let UDP {address.port} through as well as TCP")
+
+
+def judge_registration(answer, address, lost, seconds):
+    """Findings about what came back by datagram."""
+    try:
+        message = decode_message(answer)
+    except Refused:
+        message = None
+    if not isinstance(message, RegisterPeerResponse):
+        yield (FAULT, f"udp {address} answers, but is no RustDesk server",
+               "see what listens there")
+    elif lost:
+        yield (WARNING, f"udp {address} answers, but {lost} of {lost + 1} datagrams "
+               "were lost", "see to the network, and the receive buffer (--rmem)")
+    else:
+        yield GOOD, f"udp {address} answers in {seconds * 1000:.0f} ms", ""
+
+
+def find_nat_test(patient):
+    """Does the second port tell us our own?"""
+    with call(patient, "nat-test") as probe:
+        ours = probe.socket.getsockname()[1]
+        probe.say(TestNatRequest(serial=1))
+        seen = probe.hear(TestNatResponse).port
+        how = ("which is ours, no NAT between" if seen == ours else
+               f"which here is {ours}: there is a NAT between")
+        yield GOOD, f"tcp {probe.address} sees port {seen}, {how}", ""
+
+
+def find_online_states(patient):
+    """Does it tell who is online?"""
+    with call(patient, "nat-test") as probe:
+        probe.say(OnlineRequest(id=DOCTORS_ID, peers=[DOCTORS_ID]))
+        states = probe.hear(OnlineResponse).states
+        if states:
+            yield GOOD, f"tcp {probe.address} tells who is online", ""
+        else:
+            yield (FAULT, f"tcp {probe.address} answers with too few states, which "
+                   "clients do not survive", "see what server that is")
+
+
+def find_health(patient):
+    """What does the server say of itself?  An official one says nothing."""
+    with call(patient, "rendezvous") as probe:
+        probe.send(b"GET /healthz HTTP/1.1\r\nHost: doctor\r\n\r\n")
+        head, _, body = probe.read_until(b"\n\r\n").partition(b"\r\n\r\n")
+        while head.startswith(b"HTTP/1.1 200") and not body.endswith(b"\n"):
+            more = probe.receive()
+            body += more or b"\n"
+    said = show_bytes(body)
+    if said.startswith("degraded"):
+        yield FAULT, f"the server says {said}", "see the server's log and its disk"
+    elif said == "ok":
+        yield GOOD, "the server says ok", ""
+
+
+def show_bytes(data):
+    """A line from a stranger, as a terminal may have it."""
+    return ascii(data.strip()[:200].decode("latin-1"))[1:-1]
+
+
+def find_websocket(patient, name="rendezvous-websocket", ip=None):
+    """Does a port turn HTTP into a WebSocket, and is the ID server behind
+    it?"""
+    address = Address(ip or patient.ips[0], patient.ports[name])
+    with Probe(patient, address) as probe:
+        key = base64.b64encode(os.urandom(16))
+        probe.send(b"GET / HTTP/1.1\r\nHost: doctor\r\nConnection: Upgrade\r\n"
+                   b"Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+                   b"Sec-WebSocket-Key: " + key + b"\r\n\r\n")
+        head, _, data = probe.read_until(b"\r\n\r\n").partition(b"\r\n\r\n")
+        proof = base64.b64encode(hashlib.sha1(key + WEBSOCKET_GUID).digest())
+        if not head.startswith(b"HTTP/1.1 101") or proof not in head:
+            line = show_bytes(head.partition(b"\r\n")[0])
+            yield (WARNING, f"tcp {address} makes no WebSocket of a connection: "
+                   f"{line or 'it hangs up'}", "see what listens there")
+            return
+        if name == "rendezvous-websocket":
+            query = encode_message(OnlineRequest(id=DOCTORS_ID, peers=[DOCTORS_ID]))
+            probe.send(bytes((0x80 | BINARY, 0x80 | len(query))) + bytes(4) + query)
+            states = encode_message(OnlineResponse(states=b"\0"))
+            wanted = websocket_header(len(states)) + states
+            if wanted not in data and wanted not in probe.read_until(wanted, 1):
+                yield (WARNING, f"tcp {address} is a WebSocket, but no ID server is "
+                       "behind it", "see what listens there")
+                return
+        yield GOOD, f"tcp {address} upgrades to WebSocket", ""
+
+
+# -- TLS -----------------------------------------------------------------------
+
+
+def find_certificate(patient):
+    """Is there TLS, and for how long is its certificate good?"""
+    try:
+        import ssl  # only here: small systems lack it
+    except ImportError:
+        yield WARNING, "this Python has no ssl module: TLS is not tested", (
+            "run the doctor by another Python")
+        return
+    ports = [patient.ports["rendezvous-websocket"]]
+    if patient.ips[0] != patient.host:  # clients with a host name use 443
+        ports.append(443)
+    for port in ports:
+        address = Address(patient.ips[0], port)
+        try:
+            certificate = fetch_certificate(ssl, patient, address)
+        except NoAnswer:
+            continue  # the WebSocket's check tells, and who has a name may not need 443
+        if certificate:
+            yield from judge_certificate(ssl, patient, address, certificate)
+        else:
+            yield GOOD, f"tcp {address} speaks no TLS; only wss clients need it", ""
+
+
+def fetch_certificate(ssl, patient, address, context=None):
+    """A port's certificate in DER, or b"" if it speaks no TLS.
+
+    With a context that checks it, SSLCertVerificationError if it is not to be
+    trusted.
+    """
+    if context is None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    with dial(patient, socket.SOCK_STREAM, address) as sock:
+        try:
+            with context.wrap_socket(sock, server_hostname=patient.host) as tunnel:
+                return tunnel.getpeercert(True)
+        except ssl.SSLCertVerificationError:
+            raise
+        except OSError:
+            return b""
+
+
+def judge_certificate(ssl, patient, address, certificate):
+    """How long a certificate is good, and whether it is trusted here."""
+    end = last_moment(certificate)
+    shown = f"{end[:4]}-{end[4:6]}-{end[6:8]}" if end else "an unknown day"
+    if end and end < moment_after(0):
+        yield (FAULT, f"tcp {address} has a certificate that expired on {shown}",
+               "renew it; the server reads it again by itself")
+        return
+    if end and end < moment_after(RENEWAL_DAYS):
+        yield (WARNING, f"tcp {address} has a certificate that expires on {shown}",
+               "renew it; the server reads it again by itself")
+    try:
+        fetch_certificate(ssl, patient, address, ssl.create_default_context())
+    except ssl.SSLCertVerificationError as error:
+        yield (WARNING, f"tcp {address} has a certificate that is not trusted here: "
+               f"{error.verify_message}",
+               "use one from a public authority, for the name that clients use")
+    else:
+        yield GOOD, f"tcp {address} has a certificate until {shown}", ""
+
+
+def last_moment(certificate):
+    """When a certificate in DER ends: 14 digits, or "" if that is not found."""
+    found = VALIDITY.search(certificate)
+    if not found:
+        return ""
+    digits = found.group(1).decode()
+    if len(digits) == 12:  # UTCTime (RFC 5280 4.1.2.5.1)
+        digits = ("19" if digits >= "5" else "20") + digits
+    return digits
+
+
+def moment_after(days):
+    """The time in so many days, as 14 digits."""
+    return time.strftime("%Y%m%d%H%M%S", time.gmtime(time.time() + days * 86400))
+
+
+# -- the relay -----------------------------------------------------------------
+
+
+def relay_checks(patient):
+    """The checks of each relay that clients are sent to."""
+    for name in patient.relays or ("",):
+        topic = f"relay {name}".strip()
+
+        def find(patient, name=name):
+            return find_relay(patient, name)
+
+        def find_upgrade(patient, name=name):
+            ip, port = relay_address(patient, name)
+            if name:
+                patient.ports["relay-websocket"] = port + WEBSOCKET_OFFSET
+            return find_websocket(patient, "relay-websocket", ip)
+
+        yield Check(topic, FAULT, find)
+        yield Check(f"{topic} websocket", WARNING, find_upgrade)
+
+
+def relay_address(patient, name):
+    """Where a relay is: one that is named, or beside the ID server."""
+    if not name:
+        return Address(patient.ips[0], patient.ports["relay"])
+    host, port = split_host(name)
+    port = port or RELAY_PORT
+    return Address(resolve(host, port)[0], port)
+
+
+def find_relay(patient, name):
+    """Is the relay where clients will look for it, and does it carry?"""
+    address = relay_address(patient, name)
+    if name:
+        yield from judge_relay_address(patient, name, address)
+    yield from carry(patient, address)
+
+
+def judge_relay_address(patient, name, address):
+    """Can others than we reach the address that the ID server names?"""
+    remedy = ("name the relay's public name or address in --relay-servers, or leave "
+              "the setting out where it runs beside the ID server")
+    if is_loopback(address.ip):
+        yield (FAULT, f"the relay {name} is {address.ip}, which for each client is its "
+               "own machine", remedy)
+    elif is_private(address.ip) and not is_private(patient.ips[0]):
+        yield (FAULT, f"the relay {name} is {address.ip}, a private address, but the "
+               f"ID server is {patient.ips[0]}, a public one: clients outside of its "
+               "network cannot be relayed", remedy)
+    elif is_private(address.ip):
+        yield (WARNING, f"the relay {name} is {address.ip}, a private address: clients "
+               "outside of its network cannot be relayed", remedy)
+
+
+def carry(patient, address):
+    """Send bytes through the relay and back: both ends of a session are
+    ours."""
+    request = RequestRelay(uuid=patient.ticket(), licence_key=patient.key)
+    with Probe(patient, address) as one, Probe(patient, address) as other:
+        started = time.monotonic()
+        for probe in one, other:
+            probe.until = started + max(patient.seconds, UNARRANGED_SECONDS)
+            probe.say(request)
+        carried = [sends_to(one, other), sends_to(other, one)]
+        seconds = time.monotonic() - started
+        if all(carried):
+            yield GOOD, f"tcp {address} carries a session, {one.took} in all", ""
+        elif seconds < AT_ONCE_SECONDS:
+            yield (FAULT, f"tcp {address} refuses the session at once: its key is "
+                   "another one, or it refuses this address",
+                   "see `wrong-key` and `refused-address` in the relay's log")
+        elif patient.facts:
+            yield (FAULT, f"tcp {address} does not know the session that the server "
+                   "here has arranged: they have no common secret",
+                   "give both the same --relay-secret, and name the relay in "
+                   "--relay-servers")
+        else:
+            yield (GOOD, f"tcp {address} is reached and carries arranged sessions only "
+                   "(no-ticket): whether it carries was not shown, the doctor on the "
+                   "server shows it", "")
+
+
+def sends_to(one, other):
+    """Whether a frame of one end comes out at the other."""
+    payload = os.urandom(100)
+    one.send(one.framing.wrap(payload))
+    return other.take() == payload
+
+
+# -- this machine --------------------------------------------------------------
+
+
+def find_server(patient):
+    """Does a server run in the directory, and who has its ports otherwise?"""
+    if patient.facts.get("pid"):
+        yield (GOOD, f"pid {patient.facts['pid']} runs here "
+               f"({patient.facts['role']})", "")
+        return
+    if patient.facts:
+        yield (WARNING, f"a server runs here, but {patient.facts['fault']}",
+               "run the doctor as root")
+        return
+    yield (FAULT, f"no server runs in {os.path.abspath(patient.directory)}",
+           "start it; --directory names another place")
+    for kind, name in [("udp", "rendezvous")] + [("tcp", name) for name in
+                                                 patient.ports]:
+        holder = find_holder(kind, patient.ports[name])
+        if holder:
+            yield (WARNING, f"{kind} {patient.ports[name]} is in use by {holder}",
+                   "stop that program, or choose another port with -p")
+
+
+def find_holder(kind, port):
+    """Who has a port of this machine, or "" when it is free."""
+    how = socket.SOCK_STREAM if kind == "tcp" else socket.SOCK_DGRAM
+    try:
+        with socket.socket(socket.AF_INET, how) as sock:
+            prepare(sock, how, dual=False)
+            sock.bind(("0.0.0.0", port))
+    except OSError as error:
+        return port_holder(kind, port) if error.errno == errno.EADDRINUSE else ""
+    return ""
+
+
+def find_binding(patient):
+    """Can others reach the address that it listens on?"""
+    bind = patient.facts.get("bind", patient.config.bind if patient.config else "")
+    if bind and is_loopback(bind):
+        yield (WARNING, f"it listens on {bind} only, which no other machine reaches",
+               "leave --bind out, unless a proxy here passes everything on")
+
+
+def find_key_files(patient):
+    """Are the key's files what they should be?"""
+    try:
+        secret, warnings = load_key_files(patient.directory, None)
+    except KeyTrouble as trouble:
+        yield FAULT, str(trouble), "see Files in the README"
+        return
+    for warning in warnings:
+        yield WARNING, warning, "see Files in the README"
+    if secret is not None and not warnings:
+        yield GOOD, f"the key is {encode_base64(secret[32:])}", ""
+
+
+def find_disk(patient):
+    """Does the disk take what is written?"""
+    path = os.path.join(patient.directory, f".doctor-{os.urandom(4).hex()}")
+    place = os.path.abspath(patient.directory)
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            with open(descriptor, "wb") as file:
+                file.write(bytes(TRIAL_BYTES))
+                file.flush()
+                os.fsync(descriptor)
+        finally:
+            os.unlink(path)
+    except OSError as error:
+        causes = {
+            errno.ENOSPC: ("the disk is full", "make room on it"),
+            errno.EDQUOT: ("the user's quota is used up", "make room, or raise it"),
+            errno.EROFS: ("its file system is read-only", "see dmesg for the reason, "
+                          "and mount it for writing"),
+            errno.EACCES: ("this user may not write there", "chown it to the user that "
+                           "runs the server")}
+        cause, remedy = causes.get(error.errno, (error.strerror, "see to the disk"))
+        yield FAULT, f"{place} takes nothing new: {cause}", remedy
+        return
+    yield from judge_room(patient.directory)
+
+
+def judge_room(directory):
+    """How much the disk has left."""
+    if not hasattr(os, "statvfs"):  # Windows
+        return
+    disk = os.statvfs(directory)
+    room = disk.f_bavail * disk.f_frsize
+    whole = disk.f_blocks * disk.f_frsize
+    said = f"{room / 1e6:,.0f} MB of {whole / 1e6:,.0f} are free"
+    if room < LITTLE_ROOM_BYTES or disk.f_files and disk.f_favail < 100:
+        yield WARNING, f"{said}, and {disk.f_favail} names", "make room on the disk"
+    else:
+        yield GOOD, said, ""
+
+
+def find_store(patient):
+    """Can the known peers be read, and new ones be written?"""
+    path = os.path.join(patient.directory, STORE_FILE)
+    if not os.path.exists(path):
+        return
+    said = describe_store(patient.directory)
+    try:
+        open(path, "ab").close()
+    except OSError as error:
+        yield (FAULT, f"{path} cannot be written: {error.strerror}; known devices are "
+               "served, new ones refused", "make it writable for the server's user")
+        return
+    owner = os.stat(path).st_uid
+    user = user_of(patient.facts.get("pid"))
+    if user not in (None, 0, owner):
+        yield (FAULT, f"{path} belongs to user {owner}, but the server runs as {user}",
+               f"chown {user} {path}")
+    elif "cannot be read" in said or "bad lines" in said:
+        yield WARNING, said, f"see {path}.bad; `restore` brings a backup back"
+    else:
+        yield GOOD, said, ""
+
+
+def user_of(pid):
+    """The user id of a process, or None."""
+    try:
+        return os.stat(f"/proc/{pid}").st_uid if pid else None
+    except OSError:
+        return None
+
+
+def find_descriptors(patient):
+    """How many connections may be open?"""
+    pid = patient.facts.get("pid", "self")
+    try:
+        with open(f"/proc/{pid}/limits", encoding="ascii") as file:
+            line = next(line for line in file if line.startswith("Max open files"))
+        used = len(os.listdir(f"/proc/{pid}/fd"))
+    except (OSError, StopIteration):
+        return
+    most = line.split()[3]
+    said = f"{used} of {most} descriptors are open" if pid != "self" else (
+        f"{most} descriptors may be open")
+    remedy = "LimitNOFILE= of systemd, or ulimit -n"
+    if most.isdigit() and used > 0.9 * int(most):
+        yield FAULT, f"{said}: new connections are refused soon", remedy
+    elif most.isdigit() and int(most) < FEW_DESCRIPTORS:
+        yield WARNING, f"{said}: one for each connection", remedy
+    else:
+        yield GOOD, said, ""
+
+
+def find_clock(patient):
+    """Is it later than when our files were written?"""
+    paths = [os.path.join(patient.directory, name) for name in (KEY_FILE, STORE_FILE)]
+    written = max((os.stat(path).st_mtime for path in paths if os.path.exists(path)),
+                  default=0.0)
+    now = time.time()
+    shown = time.strftime("%Y-%m-%d %H:%M", time.localtime(now))
+    if written > now + 3600:
+        day = time.strftime("%Y-%m-%d", time.localtime(written))
+        yield (WARNING, f"the clock says {shown}, but files here are of {day}: it is "
+               "slow, or was fast", "set it by NTP; certificates depend on it")
+    else:
+        yield GOOD, f"the clock says {shown}", ""
+
+
+def read_number(path):
+    """The number in a file of /proc, or None."""
+    try:
+        with open(path, encoding="ascii") as file:
+            return int(file.read())
+    except (OSError, ValueError):
+        return None
+
+
+def find_conntrack(patient):
+    """Does the firewall have room to follow more connections?"""
+    count = read_number("/proc/sys/net/netfilter/nf_conntrack_count")
+    most = read_number("/proc/sys/net/netfilter/nf_conntrack_max")
+    if count is None or not most:
+        return
+    said = f"the firewall follows {count} of {most} connections"
+    remedy = "sysctl -w net.netfilter.nf_conntrack_max=262144, or more"
+    if count >= most:
+        yield FAULT, f"{said}: it drops new ones", remedy
+    elif count > 0.8 * most:
+        yield WARNING, f"{said}: soon it drops new ones", remedy
+    else:
+        yield GOOD, said, ""
+
+
+def find_receive_buffer(patient):
+    """Are datagrams lost since nobody takes them in time?"""
+    wanted = patient.facts.get("rmem", 0)
+    most = read_number("/proc/sys/net/core/rmem_max")
+    if most is not None and wanted > most:
+        yield (WARNING, f"--rmem is {wanted}, but this system gives {most} bytes at "
+               "most", f"sysctl -w net.core.rmem_max={wanted}")
+    dropped = dropped_datagrams(patient.ports["rendezvous"])
+    if dropped:
+        yield (WARNING, f"{dropped} datagrams came while the receive buffer was full",
+               "--rmem 4194304, and sysctl -w net.core.rmem_max=4194304")
+    elif dropped is not None:
+        yield GOOD, "the receive buffer has lost no datagram", ""
+
+
+def dropped_datagrams(port):
+    """How many datagrams to a UDP port were dropped for want of room; None if
+    /proc does not tell."""
+    found = None
+    for name in "/proc/net/udp", "/proc/net/udp6":
+        try:
+            with open(name, encoding="ascii") as file:
+                rows = [line.split() for line in file][1:]
+        except OSError:
+            continue
+        for row in rows:
+            if row[1].endswith(f":{port:04X}"):
+                found = (found or 0) + int(row[-1])
+    return found
+
+
+# -- the examination -----------------------------------------------------------
+
+STATE_CHECKS = (
+    Check("server", FAULT, find_server), Check("bind", FAULT, find_binding),
+    Check("key files", FAULT, find_key_files), Check("disk", FAULT, find_disk),
+    Check("store", FAULT, find_store), Check("clock", FAULT, find_clock))
+SYSTEM_CHECKS = (
+    Check("descriptors", FAULT, find_descriptors),
+    Check("conntrack", FAULT, find_conntrack),
+    Check("receive buffer", FAULT, find_receive_buffer))
+RENDEZVOUS_CHECKS = (
+    Check("id server", FAULT, find_id_server), Check("key", FAULT, find_key),
+    Check("signature", WARNING, find_signature),
+    Check("registration", FAULT, find_registration),
+    Check("nat test", FAULT, find_nat_test),
+    Check("online states", FAULT, find_online_states),
+    Check("websocket", WARNING, find_websocket),
+    Check("tls", WARNING, find_certificate), Check("health", WARNING, find_health))
+
+
+def examine(patient, tell):
+    """Yield the `Finding`s of all checks; `tell` is told what is tried
+    next."""
+    def run(checks):
+        for check in checks:
+            tell(check.topic)
+            try:
+                for level, sentence, remedy in check.find(patient):
+                    yield Finding(level, check.topic, sentence, remedy)
+            except NoAnswer as trouble:
+                yield Finding(check.level, check.topic, *trouble.args)
+
+    yield from run([Check("host", FAULT, find_host)])
+    if patient.directory is not None:
+        yield from run(STATE_CHECKS)
+    if patient.directory is not None or patient.is_here:
+        yield from run(SYSTEM_CHECKS)
+    if patient.ips:
+        if patient.facts.get("role") != "hbbr":
+            yield from run(RENDEZVOUS_CHECKS)
+        yield from run(relay_checks(patient))
+
+
+def has_state(directory):
+    """Whether a directory is that of a server."""
+    doors = map(door_name, ("both", "hbbs", "hbbr"))
+    return any(os.path.exists(os.path.join(directory, name))
+               for name in (KEY_FILE, STORE_FILE, *doors))
+
+
+def own_host(config):
+    """The address by which a server of this configuration is reached from
+    here."""
+    if config is None or config.bind in ANY_ADDRESS:
+        return "127.0.0.1" if config is None or config.bind != "::" else "::1"
+    return config.bind
+
+
 # == 21. Command line ==========================================================
 #
 # The subcommands, and the start and the end of a server.
@@ -11400,6 +12335,7 @@ def build_parser(command):
         "  check                 say what would be started\n"
         "  config                show every setting and where it came from\n"
         "  client-config         show what sets a client up, also as a QR code\n"
+        "  doctor [HOST]         test a server from here, and say what is wrong\n"
         "  backup FILE           write key, store and configuration into one file\n"
         "  restore FILE          bring them back\n"
         "  import SOURCE         take over an official server's data\n"
@@ -11778,6 +12714,102 @@ def show_client_instructions(told, host):
               "give the public name or address by --host")
 
 
+def doctor(arguments):
+    """`doctor`: test a server, and say what is wrong; status 1 if something
+    is."""
+    given = parse_doctor(arguments)
+    if not os.path.isdir(given.directory):
+        raise SystemExit(f"rustdesk_server: there is no directory {given.directory}")
+    os.chdir(given.directory)
+    try:
+        patient = admit(given)
+    except (ConfigTrouble, KeyTrouble) as trouble:
+        raise SystemExit(f"rustdesk_server: {trouble}") from None
+    shows = not given.json and sys.stderr.isatty()
+
+    def tell(text):
+        if shows:
+            print(f"\r{text}\033[K", end="\r", file=sys.stderr, flush=True)
+
+    findings = []
+    for finding in examine(patient, lambda topic: tell(f"... {topic}")):
+        findings.append(finding)
+        tell("")
+        if not given.json:
+            show_finding(finding)
+    tell("")
+    levels = collections.Counter(finding.level for finding in findings)
+    if given.json:
+        print(json.dumps({"host": patient.host,
+                          "findings": [finding._asdict() for finding in findings]}))
+    else:
+        conclude(patient, levels)
+    return 1 if levels[FAULT] else 0
+
+
+def parse_doctor(arguments):
+    """The arguments of `doctor`."""
+    parser = argparse.ArgumentParser(
+        prog="rustdesk_server.py doctor", allow_abbrev=False,
+        description="Test a server from here, and say what is wrong, why probably, "
+        "and what to do.  Nothing is left behind in its store.  Exit status 1 if "
+        "there is a fault.")
+    parser.add_argument("host", nargs="?", metavar="HOST[:PORT]",
+                        help="the ID server as clients have it (this machine's)")
+    parser.add_argument("--key", help="the key that clients have (of the directory)")
+    parser.add_argument("--relay", metavar="HOST[:PORT]", default="",
+                        help="the relay that clients are sent to (what the server here "
+                        "is configured to, or the ID server's host)")
+    parser.add_argument("--directory", metavar="DIR", default=".",
+                        help="the server's state directory (the working directory)")
+    parser.add_argument("--timeout", metavar="SECONDS", type=parse_positive,
+                        default=5.0, help="how long an answer may take (5)")
+    parser.add_argument("--json", action="store_true", help="for programs")
+    return parser.parse_args(arguments)
+
+
+def admit(given):
+    """The `Patient` that the arguments of `doctor` name."""
+    config = load_config("both", {}, os.environ, ".") if has_state(".") else None
+    replies = [reply for role in ("both", "hbbs", "hbbr") if config is not None
+               for reply in ask_door(role, ["facts"])]
+    host, port = split_host(given.host or own_host(config))
+    take_ports = port is None
+    if port is None:
+        port = config.port if config and config.port else RENDEZVOUS_PORT
+    if not host or not 0 < port < 65532:
+        raise ConfigTrouble(f"{given.host!a} is no HOST or HOST:PORT")
+    key = given.key
+    if key is None and config is not None:
+        key = load_server_key(config.key or "-", False, ".", None)[0].required
+    patient = Patient(host, port, key or "", given.timeout, lambda line: [
+        reply for role in ("both", "hbbs", "hbbr") for reply in ask_door(role, line)])
+    if config is not None:
+        patient.directory, patient.config = ".", config
+        patient.relays = tuple(entry.name for entry in config.relay_servers)
+    patient.relays = (given.relay,) if given.relay else patient.relays
+    for facts in replies:
+        patient.meet(facts, take_ports)
+    return patient
+
+
+def show_finding(finding):
+    """Print a finding, and below it what to do."""
+    level = finding.level.upper() if finding.level == FAULT else finding.level
+    print(f"{level:8} {finding.topic:16} {show_cell(finding.sentence)}", flush=True)
+    if finding.remedy:
+        print(f"{'':8} {'':16} -> {show_cell(finding.remedy)}", flush=True)
+
+
+def conclude(patient, levels):
+    """Print the sum of it, and what a test from here cannot show."""
+    print(f"{levels[FAULT]} faults, {levels[WARNING]} warnings")
+    if patient.is_here:
+        print("This was seen from the server's own machine.  From a client's network "
+              "run:\n  rustdesk_server.py doctor HOST --key "
+              f"{patient.key or 'KEY'}")
+
+
 def maintain(command, description, operands, options, action):
     """A subcommand's function: parse its operands and flags, do it, say it."""
     def run(arguments):
@@ -11911,6 +12943,7 @@ COMMANDS = {
     "check": check,
     "config": show_config,
     "client-config": show_client_config,
+    "doctor": doctor,
     "backup": maintain(
         "backup", "Write key, store and configuration of the working directory into "
         "one file. A server may be running.",

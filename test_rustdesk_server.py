@@ -21647,7 +21647,7 @@ DOOR_LINES = (["peers"], ["peers", "bait_peer_1"], ["sessions"], ["kick", "1"],
               ["reclaim", "bait_peer_1"], ["disable", "bait_peer_2"], ["limits"],
               ["allow", "192.0.2.0/24"], ["refuse", "192.0.2.7", "-"], ["reload"],
               ["limits", "sessions", "5000"], ["relay-servers"], ["limits", "sessions"],
-              ["always-use-relay", "N"], ["relay-servers", "-"])
+              ["always-use-relay", "N"], ["relay-servers", "-"], ["facts"], ["ticket"])
 
 
 def changed_words(words, rng):
