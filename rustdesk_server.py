@@ -11781,7 +11781,7 @@ def find_health(patient):
     with call(patient, "rendezvous") as probe:
         probe.send(b"GET /healthz HTTP/1.1\r\nHost: doctor\r\n\r\n")
         head, _, body = probe.read_until(b"\n\r\n").partition(b"\r\n\r\n")
-        while head.startswith(b"HTTP/1.1 200") and not body.endswith(b"\n"):
+        while head.startswith(b"HTTP/1.1 ") and not body.endswith(b"\n"):
             more = probe.receive()
             body += more or b"\n"
     said = show_bytes(body)
@@ -12008,8 +12008,13 @@ def find_server(patient):
         yield (WARNING, f"a server runs here, but {patient.facts['fault']}",
                "run the doctor as root")
         return
-    yield (FAULT, f"no server runs in {os.path.abspath(patient.directory)}",
-           "start it; --directory names another place")
+    place = os.path.abspath(patient.directory)
+    if os.access(place, os.W_OK):
+        yield (FAULT, f"no server runs in {place}",
+               "start it; --directory names another place")
+    else:
+        yield (WARNING, f"whether a server runs in {place} is not known: nothing can be "
+               "written there, so it could not make the door by which it is asked", "")
     for kind, name in [("udp", "rendezvous")] + [("tcp", name) for name in
                                                  patient.ports]:
         holder = find_holder(kind, patient.ports[name])
@@ -12132,7 +12137,8 @@ def find_descriptors(patient):
         used = len(os.listdir(f"/proc/{pid}/fd"))
     except (OSError, StopIteration):
         return
-    most = line.split()[3]
+    soft, hard = line.split()[3:5]
+    most = hard if pid == "self" else soft  # the server raises it when it starts
     said = f"{used} of {most} descriptors are open" if pid != "self" else (
         f"{most} descriptors may be open")
     remedy = "LimitNOFILE= of systemd, or ulimit -n"
@@ -12172,16 +12178,19 @@ def find_conntrack(patient):
     """Does the firewall have room to follow more connections?"""
     count = read_number("/proc/sys/net/netfilter/nf_conntrack_count")
     most = read_number("/proc/sys/net/netfilter/nf_conntrack_max")
-    if count is None or not most:
-        return
+    if count is not None and most:
+        yield judge_conntrack(count, most)
+
+
+def judge_conntrack(count, most):
+    """What comes of a firewall that follows so many connections."""
     said = f"the firewall follows {count} of {most} connections"
     remedy = "sysctl -w net.netfilter.nf_conntrack_max=262144, or more"
     if count >= most:
-        yield FAULT, f"{said}: it drops new ones", remedy
-    elif count > 0.8 * most:
-        yield WARNING, f"{said}: soon it drops new ones", remedy
-    else:
-        yield GOOD, said, ""
+        return FAULT, f"{said}: it drops new ones", remedy
+    if count > 0.8 * most:
+        return WARNING, f"{said}: soon it drops new ones", remedy
+    return GOOD, said, ""
 
 
 def find_receive_buffer(patient):

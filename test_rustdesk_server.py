@@ -44,6 +44,7 @@ import binascii
 import collections
 import concurrent.futures
 import contextlib
+import datetime
 import errno
 import functools
 import gc
@@ -4679,6 +4680,24 @@ def test_both_signers_agree_byte_for_byte():
         signed = rustdesk_server.built_in_sign(message, seed + public)
         assert signed == rustdesk_server.nacl_sign(message, seed + public)
         assert nacl.bindings.crypto_sign_open(signed, public) == message
+
+
+def test_signatures_are_verified_as_libsodium_does():
+    """Also those that were changed anywhere, are too short or of another key."""
+    rng = random.Random(11)
+    signed = rustdesk_server.nacl_sign(rng.randbytes(32), THE_SECRET)
+    public = THE_SECRET[32:]
+    cases = [(public, signed), (public, signed[:63]), (public, b""),
+             (public, signed + b"x"), (rng.randbytes(32), signed),
+             (bytes(31) + b"\xff", signed), (b"\xff" * 32, signed)]
+    cases += [(public, signed[:i] + bytes([signed[i] ^ 1 << i % 8]) + signed[i + 1:])
+              for i in range(0, len(signed), 5)]
+    for key, data in cases:
+        try:
+            valid = bool(nacl.bindings.crypto_sign_open(data, key))
+        except (nacl.exceptions.BadSignatureError, ValueError):
+            valid = False
+        assert rustdesk_server.is_signed_by(key, data) == valid, (key, data)
 
 
 @pytest.mark.parametrize("seed", [bytes(32), b"\xff" * 32, b"\x80" + bytes(31)])
@@ -17959,6 +17978,525 @@ def test_supervisor_is_told_of_readiness_reload_and_stop(tmp_path):
                 pass
         while told.recv(1000) != b"STOPPING=1":
             pass
+
+
+# == 20. Doctor ================================================================
+#
+# The doctor as its user runs it, against real servers: behind real firewalls in
+# namespaces of the test's own, on full and read-only disks, with certificates
+# that ran out.  Each trouble must be named by its cause, and nothing else.
+
+#: Public addresses (RFC 5737) of the host and of the client's namespace.
+PUBLIC_HOST, PUBLIC_CLIENT = "203.0.113.1", "203.0.113.9"
+OTHERS_KEY = "OWvX3pd0IDXM1lGkzmYCcfYbZtpRq3kVGNjZpB0sFq0="
+
+needs_walls = pytest.mark.skipif(
+    not sys.platform.startswith("linux") or os.geteuid() != 0
+    or not shutil.which("ip") or not shutil.which("nft"),
+    reason="makes namespaces with firewalls: needs Linux, root, iproute2 and nftables")
+
+
+class Report:
+    """What one run of the doctor said."""
+
+    def __init__(self, ended):
+        self.status = ended.returncode
+        self.text = ended.stdout
+        self.rows = json.loads(ended.stdout)["findings"]
+
+    def sentences(self, level):
+        """{topic: sentence} of the findings of a level."""
+        return {row["topic"]: row["sentence"] for row in self.rows
+                if row["level"] == level}
+
+    def only(self, level, topic):
+        """The sentence of the one finding of a level, and its remedy; that most
+        servers here listen on 127.0.0.1 only is known."""
+        found = [row for row in self.rows
+                 if row["level"] == level and row["topic"] != "bind"]
+        assert [row["topic"] for row in found] == [topic], self.text
+        return found[0]["sentence"], found[0]["remedy"]
+
+    @property
+    def is_well(self):
+        levels = {row["level"] for row in self.rows}
+        return levels == {"ok"} and self.status == 0
+
+
+def consult(*arguments, space=None, **how):
+    """Run the doctor, perhaps in a network namespace."""
+    words = ["doctor", "--timeout", "1", "--json", *arguments]
+    if space is None:
+        return Report(run_server(*words, **how))
+    return Report(in_namespace(space, lambda: run_server(*words, **how)))
+
+
+@pytest.fixture
+def walled():
+    """Two namespaces with public addresses, and a server on its standard ports."""
+    with Networks() as networks:
+        for space, ip in ((networks.host, PUBLIC_HOST), (networks.client,
+                                                         PUBLIC_CLIENT)):
+            ip_command("addr", "add", f"{ip}/24", "dev", "veth0", inside=space)
+        with ServerInside(networks.host, "--limit", "early-seconds=3", bind=None,
+                          port=None, tickets=True) as server:
+            networks.server = server
+            yield networks
+
+
+def put_wall(space, hook, rule):
+    """A firewall in a namespace that does one thing."""
+    text = (f"table inet wall {{ chain wall {{ type filter hook {hook} priority 0; "
+            f"{rule}; }}; }}")
+    in_namespace(space, lambda: subprocess.run(["nft", text], check=True))
+
+
+def visit(networks, *arguments, host=PUBLIC_HOST):
+    """The doctor in the client's network."""
+    key = networks.server.public_key
+    return consult(host, "--key", key, *arguments, space=networks.client)
+
+
+def home(networks, *arguments):
+    """The doctor on the server."""
+    return consult(*arguments, space=networks.host,
+                   directory=networks.server.directory)
+
+
+@needs_walls
+def test_doctor_finds_a_sound_server_sound_from_both_sides(walled):
+    outside, inside = visit(walled), home(walled)
+    assert outside.is_well and inside.is_well, outside.text + inside.text
+    said = outside.sentences("ok")
+    assert {"id server", "key", "signature", "registration", "nat test", "health",
+            "online states", "websocket", "tls", "relay", "relay websocket"} == set(said)
+    assert "was not shown" in said["relay"] and "no-ticket" in said["relay"]
+    assert {"server", "key files", "disk", "store", "clock", "descriptors",
+            "receive buffer"} < set(inside.sentences("ok"))
+    assert "carries a session" in inside.sentences("ok")["relay"]
+
+
+@needs_walls
+def test_doctor_leaves_no_trace_in_the_store(walled):
+    before = sorted(os.listdir(walled.server.directory))
+    visit(walled), home(walled)
+    assert walled.server.read("peers.jsonl") == ""
+    assert sorted(os.listdir(walled.server.directory)) == before
+    ended = run_server("peers", "--json", directory=walled.server.directory)
+    assert json.loads(ended.stdout)[0]["rows"] == []
+
+
+@needs_walls
+@pytest.mark.parametrize("verdict, words", [
+    ("drop", "udp 203.0.113.1:21116 is blocked: no answer to 3 datagrams, while TCP "
+             "answers; a firewall drops it"),
+    ("reject", "udp 203.0.113.1:21116 refuses: nothing listens there, or a firewall "
+               "rejects it")])
+def test_doctor_names_blocked_udp(walled, verdict, words):
+    put_wall(walled.host, "input", f"udp dport 21116 {verdict}")
+    report = visit(walled)
+    sentence, remedy = report.only("fault", "registration")
+    assert sentence.startswith(words) and "UDP 21116 through" in remedy
+    assert report.status == 1 and not report.sentences("warning")
+
+
+@needs_walls
+@pytest.mark.parametrize("verdict, words", [
+    ("drop", "tcp 203.0.113.1:21117 does not answer within 1 s: a firewall drops it"),
+    ("reject with tcp reset", "tcp 203.0.113.1:21117 refuses: nothing listens there, "
+                              "or a firewall rejects it")])
+def test_doctor_names_a_blocked_relay_port(walled, verdict, words):
+    put_wall(walled.host, "input", f"tcp dport 21117 {verdict}")
+    report = visit(walled)
+    sentence, remedy = report.only("fault", "relay")
+    assert sentence.startswith(words) and "let TCP 21117 through" in remedy
+    assert report.status == 1 and not report.sentences("warning")
+
+
+@needs_walls
+@pytest.mark.parametrize("port, level, topics", [
+    (21115, "fault", {"nat test", "online states"}), (21118, "warning", {"websocket"}),
+    (21119, "warning", {"relay websocket"}),
+    (21116, "fault", {"id server"})])
+def test_doctor_names_every_other_blocked_port(walled, port, level, topics):
+    put_wall(walled.host, "input", f"tcp dport {port} drop")
+    report = visit(walled)
+    assert set(report.sentences(level)) == topics, report.text
+    assert all(f"tcp 203.0.113.1:{port} does not answer" in sentence
+               for sentence in report.sentences(level).values())
+
+
+@needs_walls
+def test_doctor_names_the_wall_of_its_own_machine(walled):
+    put_wall(walled.client, "output", "udp dport 21116 drop")
+    sentence, _ = visit(walled).only("fault", "registration")
+    assert sentence == ("udp 203.0.113.1:21116 is forbidden by the firewall of this "
+                        "very machine")
+    put_wall(walled.host, "input", "tcp dport 21117 drop")
+    sentence, _ = home(walled).only("fault", "relay")
+    assert "this machine's own firewall drops it" in sentence
+
+
+@needs_walls
+def test_doctor_on_the_server_suspects_the_router_of_a_silent_public_address(walled):
+    """The address is the router's, which does not lead it back inside."""
+    put_wall(walled.client, "input", "drop")
+    report = consult(PUBLIC_CLIENT, space=walled.host,
+                     directory=walled.server.directory)
+    assert "hairpin NAT" in report.sentences("fault")["id server"]
+    assert "hairpin NAT" in report.sentences("fault")["relay"]
+
+
+@needs_walls
+def test_doctor_names_a_machine_that_is_not_there(walled):
+    report = visit(walled, host="203.0.113.77")
+    assert set(report.sentences("ok")) <= {"host"} and report.status == 1
+    assert re.search("does not answer|cannot be reached",
+                     report.sentences("fault")["id server"])
+
+
+@needs_walls
+def test_doctor_names_a_private_relay_address(walled):
+    """The server is public, and sends its clients to an address that is not."""
+    walled.server.terminate()
+    walled.server.arguments += ["-r", "10.77.0.1"]
+    walled.server.start()
+    report = consult(PUBLIC_HOST, space=walled.host, directory=walled.server.directory)
+    sentence, remedy = report.only("fault", "relay 10.77.0.1")
+    assert ("the relay 10.77.0.1 is 10.77.0.1, a private address, but the ID server is "
+            "203.0.113.1, a public one") in sentence
+    assert "--relay-servers" in remedy
+    report = home(walled)  # asked by 127.0.0.1, it cannot know who is outside
+    assert "a private address" in report.only("warning", "relay 10.77.0.1")[0]
+    report = visit(walled, "--relay", "10.77.0.1")
+    assert "a private address" in report.only("fault", "relay 10.77.0.1")[0]
+
+
+@pytest.mark.parametrize("relay, words", [
+    ("127.0.0.1", "is 127.0.0.1, which for each client is its own machine"),
+    ("no-such-host.invalid", "'no-such-host.invalid' has no address")])
+def test_doctor_names_a_relay_that_nobody_can_find(relay, words):
+    with ServerProcess("-r", f"{relay}:9", tickets=True) as server:
+        report = consult(directory=server.directory)
+        assert any(words in row["sentence"] for row in report.rows
+                   if row["level"] == "fault"), report.text
+
+
+# -- keys and relays --
+
+
+@pytest.mark.parametrize("key, level, topics, words", [
+    (OTHERS_KEY, "fault", {"key", "signature"}, "does not take " + OTHERS_KEY),
+    (PUBLIC_SERVICE_KEY, "fault", {"key", "signature"}, "it is the public service's"),
+    ("mistyped", "fault", {"key"}, "it is another server's, or mistyped"),
+    ("", "warning", {"key"}, "asks for a key and none was given")])
+def test_doctor_names_a_wrong_key(key, level, topics, words):
+    with ServerProcess(port=free_ports(5) + 1) as server:
+        port = server.ports["rendezvous"]
+        report = consult(f"127.0.0.1:{port}", "--key", key)
+        assert set(report.sentences(level)) == topics, report.text
+        assert words in report.sentences(level)["key"]
+        assert report.status == (level == "fault")
+
+
+def test_doctor_tells_another_server_that_takes_any_key_by_its_signature():
+    with ServerProcess("-k", "", port=free_ports(5) + 1) as server:
+        port = server.ports["rendezvous"]
+        report = consult(f"127.0.0.1:{port}", "--key", OTHERS_KEY)
+        assert "is not signed by" in report.only("fault", "signature")[0]
+
+
+def test_doctor_carries_a_session_through_a_relay_with_a_key_and_no_tickets():
+    with ServerProcess("-k", "-", port=free_ports(5) + 1) as server:
+        host = f"127.0.0.1:{server.ports['rendezvous']}"
+        report = consult(host, "--key", server.public_key)
+        assert "carries a session" in report.sentences("ok")["relay"]
+        server.wait_for_log(r"finished: session 1")
+        report = consult(host, "--key", OTHERS_KEY)
+        assert ("refuses the session at once: its key is another one"
+                in report.sentences("fault")["relay"])
+
+
+def test_doctor_carries_a_session_by_a_ticket_of_its_own_server(own_server):
+    report = consult(directory=own_server.directory)
+    assert "carries a session" in report.sentences("ok")["relay"], report.text
+    own_server.wait_for_log(r"finished: session 1")
+    assert "no-ticket" not in own_server.log()
+
+
+def test_doctor_carries_a_session_through_a_relay_elsewhere_by_its_secret():
+    with secret_file() as path, relay_with_secret(path) as relay:
+        with rendezvous_for([relay], path) as rendezvous:
+            wait_for_announcer(rendezvous)
+            name = "relay 127.0.0.1:%d" % relay.ports["relay"]
+            report = consult(directory=rendezvous.directory)
+            assert "carries a session" in report.sentences("ok")[name], report.text
+
+
+# -- TLS --
+
+
+def dated(folder, days):
+    """A certificate that is good for so many days from now."""
+    certificate = issue(folder)
+    now = datetime.datetime.now(datetime.timezone.utc)
+    end = now + datetime.timedelta(days=days)
+    issued = certificate.authority.issue_cert(
+        "localhost", "127.0.0.1", not_before=now - datetime.timedelta(days=60),
+        not_after=end)
+    issued.private_key_and_cert_chain_pem.write_to_path(certificate.file)
+    certificate.key_file = certificate.file
+    return certificate, end.strftime("%Y-%m-%d")
+
+
+@pytest.mark.parametrize("days, level, words", [
+    (-3, "fault", "has a certificate that expired on"),
+    (5, "warning", "has a certificate that expires on"),
+    (90, "ok", "has a certificate until")])
+def test_doctor_names_a_certificate_that_ran_out(tmp_path, days, level, words):
+    certificate, end = dated(tmp_path, days)
+    authority = tmp_path / "authority.pem"
+    certificate.authority.cert_pem.write_to_path(str(authority))
+    with ServerProcess(*certificate.arguments, tickets=True) as server:
+        report = consult(directory=server.directory,
+                         environment={"SSL_CERT_FILE": str(authority)})
+        sentences = [row["sentence"] for row in report.rows if row["topic"] == "tls"
+                     and row["level"] == level]
+        assert f"{words} {end}" in sentences[0], report.text
+        assert report.status == (level == "fault")
+        untrusted = consult(directory=server.directory)
+        assert (days < 0) != ("not trusted here" in str(
+            untrusted.sentences("warning"))), untrusted.text
+
+
+@pytest.mark.parametrize("end", ["20491231235958", "20500102030405", "20991231235959"])
+def test_ends_of_certificates_are_read_in_both_of_their_forms(end):
+    """RFC 5280 4.1.2.5: two digits for the year until 2049, four from 2050."""
+    moment = datetime.datetime.strptime(end, "%Y%m%d%H%M%S")
+    issued = trustme.CA().issue_cert("x.example", not_after=moment)
+    certificate = ssl.PEM_cert_to_DER_cert(issued.cert_chain_pems[0].bytes().decode())
+    assert rustdesk_server.last_moment(certificate) == end
+
+
+# -- the machine --
+
+
+@needs_mount
+def test_doctor_names_a_full_disk(disk, tmp_path):
+    with server_on(disk, tmp_path) as server:
+        fill_up(disk)
+        for peer in register_until_refused(server):
+            peer.socket.close()
+        report = consult(directory=disk)
+        assert report.sentences("fault")["disk"] == (
+            f"{disk} takes nothing new: the disk is full"), report.text
+        assert not [name for name in os.listdir(disk) if name.startswith(".doctor")]
+        assert report.status == 1
+
+
+@needs_mount
+def test_doctor_names_a_read_only_store(disk, tmp_path):
+    """There the server has no door, and is found by the configured port."""
+    port = free_ports(5) + 1
+    written(disk, ".env", f"port = {port}\n".encode())
+    with server_on(disk, tmp_path, port=None) as server:
+        assert server.terminate() == 0
+        remount(disk, "ro")
+        server.start()
+        report, pid = consult(directory=disk), server.process.pid
+        assert report.sentences("fault")["disk"] == (
+            f"{disk} takes nothing new: its file system is read-only"), report.text
+        assert "Read-only file system" in report.sentences("fault")["store"]
+        assert "degraded: the store cannot be written" in (
+            report.sentences("fault")["health"])
+        assert "it could not make the door" in report.text
+        assert f"udp {port} is in use by pid {pid} (" in report.text
+        outside = consult(f"127.0.0.1:{port}")  # as far as the server itself tells
+        assert "degraded" in outside.sentences("fault")["health"]
+        remount(disk, "rw")
+
+
+@needs_mount
+def test_doctor_names_a_store_that_alone_is_read_only(disk, tmp_path):
+    with server_on(disk, tmp_path) as server:
+        path = server.path("peers.jsonl")
+        for options in ("bind", "remount,ro,bind"):
+            subprocess.run(["mount", "-o", options, path, path], check=True)
+        try:
+            report = consult(directory=disk)
+        finally:
+            subprocess.run(["umount", "--lazy", path], check=True)
+        assert "disk" not in report.sentences("fault")
+        assert report.sentences("fault")["store"].startswith(
+            "./peers.jsonl cannot be written: Read-only file system")
+
+
+@as_root
+def test_doctor_names_a_store_that_is_not_the_servers():
+    """Root once restored a backup there, and the server is another user's."""
+    python = next(filter(is_public, (sys.executable, "/usr/bin/python3")), None)
+    if not python:
+        pytest.skip("every Python here is root's own")
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        directory = os.path.join(folder, "state")
+        os.mkdir(directory, 0o700)
+        with ServerProcess("--user", "nobody", "--directory", directory,
+                           directory=directory, python=[python]) as server:
+            well = consult(directory=directory)
+            assert "store" in well.sentences("ok"), well.text
+            os.chown(server.path("peers.jsonl"), 0, 0)
+            sentence, remedy = consult(directory=directory).only("fault", "store")
+            assert "belongs to user 0, but the server runs as 65534" in sentence
+            assert remedy == "chown 65534 ./peers.jsonl"
+
+
+def test_doctor_says_that_no_server_runs_and_who_has_its_port():
+    with ServerProcess() as server, socket.socket() as held:
+        assert server.terminate() == 0
+        base = free_ports(5)
+        held.bind(("127.0.0.1", base + 1))
+        held.listen()
+        server.write(".env", f"port = {base + 1}\n")
+        report = consult(directory=server.directory)
+        assert f"no server runs in {server.directory}" in (
+            report.sentences("fault")["server"])
+        assert f"tcp {base + 1} is in use by pid {os.getpid()} (" in (
+            report.sentences("warning")["server"])
+        assert "it is another program" in report.sentences("fault")["id server"]
+        assert "nothing listens there" in report.sentences("fault")["registration"]
+
+
+def test_doctor_names_scarce_descriptors(own_server):
+    pid = own_server.process.pid
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (64, 64))
+    report = consult(directory=own_server.directory)
+    assert "of 64 descriptors are open" in report.only("warning", "descriptors")[0]
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (18, 64))
+    report = consult(directory=own_server.directory)
+    assert "refused soon" in report.sentences("fault")["descriptors"]
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (64, 64))
+
+
+def test_doctor_tells_lost_datagrams(own_server):
+    """As many as the receive buffer cannot hold, while the server is stopped."""
+    os.kill(own_server.process.pid, signal.SIGSTOP)
+    try:
+        with open_socket(("127.0.0.1", 0), socket.SOCK_DGRAM) as sock:
+            for _ in range(4000):
+                sock.sendto(bytes(1000), own_server.address("rendezvous"))
+    finally:
+        os.kill(own_server.process.pid, signal.SIGCONT)
+    report = consult(directory=own_server.directory)
+    sentence, remedy = report.only("warning", "receive buffer")
+    assert re.match(r"\d+ datagrams came while the receive buffer was full", sentence)
+    assert "--rmem" in remedy
+
+
+def test_doctor_names_a_receive_buffer_that_the_system_does_not_give():
+    with ServerProcess("--rmem", "2000000000", tickets=True) as server:
+        report = consult(directory=server.directory)
+        assert "--rmem is 2000000000, but this system gives" in (
+            report.only("warning", "receive buffer")[0])
+
+
+def test_doctor_names_a_clock_behind_its_own_files(own_server):
+    later = time.time() + 2 * 86_400
+    os.utime(own_server.path("id_ed25519"), (later, later))
+    report = consult(directory=own_server.directory)
+    assert "it is slow, or was fast" in report.only("warning", "clock")[0]
+
+
+def test_doctor_names_a_key_that_others_can_read(own_server):
+    os.chmod(own_server.path("id_ed25519"), 0o644)
+    report = consult(directory=own_server.directory)
+    assert "others on this machine can read" in report.only("warning", "key files")[0]
+
+
+def test_doctor_warns_of_a_firewall_that_can_follow_no_more():
+    judge = rustdesk_server.judge_conntrack
+    assert [judge(count, 100)[0] for count in (0, 80, 81, 99, 100, 120)] == [
+        "ok", "ok", "warning", "warning", "fault", "fault"]
+
+
+def test_doctor_is_told_only_of_its_own_machine_when_the_server_listens_on_it(
+        own_server):
+    assert "127.0.0.1 only" in consult(
+        directory=own_server.directory).sentences("warning")["bind"]
+
+
+# -- the command --
+
+
+def test_doctor_speaks_to_people_and_says_what_it_tries(own_server):
+    """Progress goes to a terminal, and is gone when the finding is there."""
+    controller, terminal = os.openpty()
+    ended = subprocess.run(
+        server_command(["doctor"]), cwd=own_server.directory, text=True,
+        env=clean_environment(), stdout=subprocess.PIPE, stderr=terminal, timeout=60)
+    os.close(terminal)
+    shown = os.read(controller, 1 << 16).decode()
+    os.close(controller)
+    assert "... registration" in shown and shown.endswith("\r\x1b[K\r")
+    lines = ended.stdout.splitlines()
+    assert re.match(r"ok +server +pid \d+ runs here \(both\)", lines[0])
+    assert "0 faults, 1 warnings" in lines and ended.returncode == 0
+    assert lines[-1].endswith(f"doctor HOST --key {own_server.public_key}")
+
+
+def test_doctor_says_in_text_what_is_wrong_and_what_to_do():
+    with ServerProcess(port=free_ports(5) + 1) as server:
+        host = "127.0.0.1:%d" % server.ports["rendezvous"]
+        ended = run_server("doctor", host, "--key", OTHERS_KEY)
+    lines = ended.stdout.splitlines()
+    at = next(i for i, line in enumerate(lines) if line.startswith("FAULT"))
+    assert re.match(r"FAULT +key +wrong key: ", lines[at])
+    assert re.match(r" +-> give the clients the key", lines[at + 1])
+    assert ended.returncode == 1 and "2 faults, 0 warnings" in lines
+
+
+def test_doctor_works_where_python_is_small(own_server):
+    report = consult(directory=own_server.directory, blocked=PYTHON3_LIGHT_LACKS)
+    assert "no ssl module" in report.sentences("warning")["tls"], report.text
+    assert "carries a session" in report.sentences("ok")["relay"]
+    assert report.status == 0
+
+
+@pytest.mark.parametrize("answer", [b"", b"HTTP/1.0 200 OK\r\n\r\nhello\n", b"\0" * 50,
+                                    b"\x08\x5a\x00" * 3, b"\xff" * 5000])
+def test_doctor_survives_whatever_answers(answer):
+    """Programs of all kinds listen on these ports; none is a server."""
+    base = free_ports(5)
+    with contextlib.ExitStack() as stack:
+        for port in range(base, base + 5):
+            listener = stack.enter_context(socket.create_server(("127.0.0.1", port)))
+            threading.Thread(target=answer_everybody, args=(listener, answer),
+                             daemon=True).start()
+        report = consult(f"127.0.0.1:{base + 1}", "--key", OTHERS_KEY)
+    assert {"registration", "nat test", "relay"} <= set(report.sentences("fault"))
+
+
+def answer_everybody(listener, answer):
+    """Say one thing to each who connects, and hang up, until the listener ends."""
+    with contextlib.suppress(OSError):
+        while True:
+            sock, _ = listener.accept()
+            with sock, contextlib.suppress(OSError):
+                sock.sendall(answer)
+                sock.recv(1000)
+
+
+@pytest.mark.parametrize("words, said", [
+    (["x:y"], "is no HOST or HOST:PORT"), (["--directory", "nowhere"], "no directory"),
+    (["--timeout", "0"], "invalid")])
+def test_doctor_refuses_what_it_cannot_do(words, said):
+    ended = run_server("doctor", *words)
+    assert ended.returncode in (1, 2) and said in ended.stdout
+
+
+def test_doctor_names_a_host_that_is_none():
+    report = consult("no-such-host.invalid")
+    assert "has no address" in report.only("fault", "host")[0] and report.status == 1
 
 
 # == install.sh ================================================================
