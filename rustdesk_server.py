@@ -10226,10 +10226,10 @@ class Operator:
         """Where we listen, as a doctor on this machine has to know it."""
         server = self.server
         ports = {listener.name: listener.address.port for listener in server.listeners}
-        entries = self.rendezvous.relays.entries if self.rendezvous else ()
+        entries = server.config.relay_servers
         answer({"pid": os.getpid(), "role": server.role, "ports": ports,
                 "bind": server.config.bind, "rmem": server.config.rmem,
-                "relays": [entry.name for entry in entries]})
+                "relays": [[entry.name, bool(entry.network)] for entry in entries]})
 
     def ticket(self, words, answer):
         """Arrange one session of the doctor's with itself."""
@@ -11416,7 +11416,7 @@ DOCTORS_ID = "the doctor"
 DATAGRAM_TRIES = 3
 #: A relay ends links that nobody has arranged after 5 s (`early-seconds`), and
 #: those with a wrong key at once.
-AT_ONCE_SECONDS, UNARRANGED_SECONDS = 2.0, 10.0
+AT_ONCE_SECONDS, UNARRANGED_SECONDS = 1.5, 10.0
 #: A certificate that is not renewed by now will not be, it seems.
 RENEWAL_DAYS = 14
 #: The two times of a certificate's validity (RFC 5280 4.1.2.5), in DER.
@@ -11456,7 +11456,7 @@ class Patient:
         self.ips = ()
         self.directory = self.config = None  # where its state is, if that is here
         self.facts = {}  # what the server of that directory says of itself
-        self.relays = ()
+        self.relays = ()  # (name, whether it is for one network) that clients are told
         self.ports = {
             "rendezvous": port, "nat-test": port + NAT_TEST_OFFSET,
             "rendezvous-websocket": port + WEBSOCKET_OFFSET,
@@ -11467,7 +11467,7 @@ class Patient:
     def meet(self, facts, take_ports):
         """Take what a running server says of itself, the ID server first."""
         self.facts = {**facts, **self.facts}
-        self.relays = self.relays or tuple(facts.get("relays", ()))
+        self.relays = self.relays or facts.get("relays", ())
         if take_ports:
             self.ports.update(facts.get("ports", {}))
 
@@ -11703,8 +11703,16 @@ def find_signature(patient):
         public = decode_base64(patient.key, PUBLIC_KEY_BYTES)
     except ValueError:
         return
-    with call(patient, "rendezvous") as probe:
-        offers = probe.hear(KeyExchange).keys
+    if patient.takes_key is None:
+        return  # it has not answered
+    try:
+        with call(patient, "rendezvous") as probe:
+            offers = probe.hear(KeyExchange).keys
+    except NoAnswer:
+        yield (WARNING, "the server offers no secured connection, so its signature was "
+               "not tested: it is an official one, or has no key pair",
+               "clients that are signed in, or without UDP, need one that does")
+        return
     if len(offers) == 1 and is_signed_by(public, offers[0]):
         yield GOOD, "what the server signs is signed by this key", ""
     else:
@@ -11911,11 +11919,11 @@ def moment_after(days):
 
 def relay_checks(patient):
     """The checks of each relay that clients are sent to."""
-    for name in patient.relays or ("",):
+    for name, is_local in patient.relays or [("", False)]:
         topic = f"relay {name}".strip()
 
-        def find(patient, name=name):
-            return find_relay(patient, name)
+        def find(patient, name=name, is_local=is_local):
+            return find_relay(patient, name, is_local)
 
         def find_upgrade(patient, name=name):
             ip, port = relay_address(patient, name)
@@ -11936,10 +11944,13 @@ def relay_address(patient, name):
     return Address(resolve(host, port)[0], port)
 
 
-def find_relay(patient, name):
-    """Is the relay where clients will look for it, and does it carry?"""
+def find_relay(patient, name, is_local):
+    """Is the relay where clients will look for it, and does it carry?
+
+    Of one that is meant for a single network it may be a private address.
+    """
     address = relay_address(patient, name)
-    if name:
+    if name and not is_local:
         yield from judge_relay_address(patient, name, address)
     yield from carry(patient, address)
 
@@ -12013,8 +12024,9 @@ def find_server(patient):
         yield (FAULT, f"no server runs in {place}",
                "start it; --directory names another place")
     else:
-        yield (WARNING, f"whether a server runs in {place} is not known: nothing can be "
-               "written there, so it could not make the door by which it is asked", "")
+        yield (WARNING, f"whether a server runs in {place} is not known: nothing can "
+               "be written there, so it could not make the door by which it is asked",
+               "mount it for writing, or see who has the ports")
     for kind, name in [("udp", "rendezvous")] + [("tcp", name) for name in
                                                  patient.ports]:
         holder = find_holder(kind, patient.ports[name])
@@ -12732,8 +12744,19 @@ def doctor(arguments):
     os.chdir(given.directory)
     try:
         patient = admit(given)
-    except (ConfigTrouble, KeyTrouble) as trouble:
+    except ConfigTrouble as trouble:
         raise SystemExit(f"rustdesk_server: {trouble}") from None
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # some will hang up on us
+    try:
+        return report(given, patient)
+    except BrokenPipeError:  # as in `doctor | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
+
+
+def report(given, patient):
+    """Examine, and print what was found as it is found; the exit status."""
     shows = not given.json and sys.stderr.isatty()
 
     def tell(text):
@@ -12790,13 +12813,16 @@ def admit(given):
         raise ConfigTrouble(f"{given.host!a} is no HOST or HOST:PORT")
     key = given.key
     if key is None and config is not None:
-        key = load_server_key(config.key or "-", False, ".", None)[0].required
+        with contextlib.suppress(KeyTrouble):  # the check of the key files tells
+            key = load_server_key(config.key or "-", False, ".", None)[0].required
     patient = Patient(host, port, key or "", given.timeout, lambda line: [
         reply for role in ("both", "hbbs", "hbbr") for reply in ask_door(role, line)])
     if config is not None:
         patient.directory, patient.config = ".", config
-        patient.relays = tuple(entry.name for entry in config.relay_servers)
-    patient.relays = (given.relay,) if given.relay else patient.relays
+        patient.relays = [(entry.name, bool(entry.network))
+                          for entry in config.relay_servers]
+    if given.relay:
+        patient.relays = [(given.relay, False)]
     for facts in replies:
         patient.meet(facts, take_ports)
     return patient

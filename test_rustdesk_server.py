@@ -18025,23 +18025,29 @@ class Report:
 
 def consult(*arguments, space=None, **how):
     """Run the doctor, perhaps in a network namespace."""
-    words = ["doctor", "--timeout", "1", "--json", *arguments]
+    words = ["doctor", "--timeout", "2", "--json", *arguments]
     if space is None:
         return Report(run_server(*words, **how))
     return Report(in_namespace(space, lambda: run_server(*words, **how)))
 
 
-@pytest.fixture
-def walled():
+@contextlib.contextmanager
+def walls(*arguments, **options):
     """Two namespaces with public addresses, and a server on its standard ports."""
     with Networks() as networks:
         for space, ip in ((networks.host, PUBLIC_HOST), (networks.client,
                                                          PUBLIC_CLIENT)):
             ip_command("addr", "add", f"{ip}/24", "dev", "veth0", inside=space)
-        with ServerInside(networks.host, "--limit", "early-seconds=3", bind=None,
-                          port=None, tickets=True) as server:
+        with ServerInside(networks.host, *arguments, bind=None, port=None,
+                          **options) as server:
             networks.server = server
             yield networks
+
+
+@pytest.fixture
+def walled():
+    with walls() as networks:
+        yield networks
 
 
 def put_wall(space, hook, rule):
@@ -18064,26 +18070,24 @@ def home(networks, *arguments):
 
 
 @needs_walls
-def test_doctor_finds_a_sound_server_sound_from_both_sides(walled):
-    outside, inside = visit(walled), home(walled)
+def test_doctor_finds_a_sound_server_sound_and_leaves_no_trace_in_its_store():
+    """From both sides; from outside there is no ticket, and it says so."""
+    with walls("--limit", "early-seconds=2", tickets=True) as walled:
+        server, before = walled.server, sorted(os.listdir(walled.server.directory))
+        outside, inside = in_parallel(lambda: visit(walled), lambda: home(walled))
+        ended = run_server("peers", "--json", directory=server.directory)
+        after = sorted(os.listdir(server.directory))
+        assert (server.read("peers.jsonl"), after) == ("", before)
+        assert json.loads(ended.stdout)[0]["rows"] == []
     assert outside.is_well and inside.is_well, outside.text + inside.text
     said = outside.sentences("ok")
-    assert {"id server", "key", "signature", "registration", "nat test", "health",
-            "online states", "websocket", "tls", "relay", "relay websocket"} == set(said)
+    assert set(said) == {
+        "id server", "key", "signature", "registration", "nat test", "health",
+        "online states", "websocket", "tls", "relay", "relay websocket"}
     assert "was not shown" in said["relay"] and "no-ticket" in said["relay"]
     assert {"server", "key files", "disk", "store", "clock", "descriptors",
             "receive buffer"} < set(inside.sentences("ok"))
     assert "carries a session" in inside.sentences("ok")["relay"]
-
-
-@needs_walls
-def test_doctor_leaves_no_trace_in_the_store(walled):
-    before = sorted(os.listdir(walled.server.directory))
-    visit(walled), home(walled)
-    assert walled.server.read("peers.jsonl") == ""
-    assert sorted(os.listdir(walled.server.directory)) == before
-    ended = run_server("peers", "--json", directory=walled.server.directory)
-    assert json.loads(ended.stdout)[0]["rows"] == []
 
 
 @needs_walls
@@ -18102,7 +18106,7 @@ def test_doctor_names_blocked_udp(walled, verdict, words):
 
 @needs_walls
 @pytest.mark.parametrize("verdict, words", [
-    ("drop", "tcp 203.0.113.1:21117 does not answer within 1 s: a firewall drops it"),
+    ("drop", "tcp 203.0.113.1:21117 does not answer within 2 s: a firewall drops it"),
     ("reject with tcp reset", "tcp 203.0.113.1:21117 refuses: nothing listens there, "
                               "or a firewall rejects it")])
 def test_doctor_names_a_blocked_relay_port(walled, verdict, words):
@@ -18113,6 +18117,7 @@ def test_doctor_names_a_blocked_relay_port(walled, verdict, words):
     assert report.status == 1 and not report.sentences("warning")
 
 
+@slow
 @needs_walls
 @pytest.mark.parametrize("port, level, topics", [
     (21115, "fault", {"nat test", "online states"}), (21118, "warning", {"websocket"}),
@@ -18141,7 +18146,7 @@ def test_doctor_names_the_wall_of_its_own_machine(walled):
 def test_doctor_on_the_server_suspects_the_router_of_a_silent_public_address(walled):
     """The address is the router's, which does not lead it back inside."""
     put_wall(walled.client, "input", "drop")
-    report = consult(PUBLIC_CLIENT, space=walled.host,
+    report = consult(PUBLIC_CLIENT, "--timeout", "0.3", space=walled.host,
                      directory=walled.server.directory)
     assert "hairpin NAT" in report.sentences("fault")["id server"]
     assert "hairpin NAT" in report.sentences("fault")["relay"]
@@ -18149,7 +18154,7 @@ def test_doctor_on_the_server_suspects_the_router_of_a_silent_public_address(wal
 
 @needs_walls
 def test_doctor_names_a_machine_that_is_not_there(walled):
-    report = visit(walled, host="203.0.113.77")
+    report = visit(walled, "--timeout", "0.3", host="203.0.113.77")
     assert set(report.sentences("ok")) <= {"host"} and report.status == 1
     assert re.search("does not answer|cannot be reached",
                      report.sentences("fault")["id server"])
@@ -18231,6 +18236,34 @@ def test_doctor_carries_a_session_through_a_relay_elsewhere_by_its_secret():
             name = "relay 127.0.0.1:%d" % relay.ports["relay"]
             report = consult(directory=rendezvous.directory)
             assert "carries a session" in report.sentences("ok")[name], report.text
+            alone = consult(directory=relay.directory)  # where nothing else runs
+            assert "carries a session" in alone.sentences("ok")["relay"], alone.text
+            assert not {"id server", "registration"} & {
+                row["topic"] for row in alone.rows}
+
+
+@needs_walls
+def test_doctor_lets_a_relay_for_one_network_have_a_private_address():
+    with walls("-r", f"10.0.0.0/8=10.77.0.1,{PUBLIC_HOST}") as walled:
+        report = consult(PUBLIC_HOST, space=walled.host,
+                         directory=walled.server.directory)
+        assert report.is_well, report.text
+        assert {"relay 10.77.0.1", f"relay {PUBLIC_HOST}"} < set(report.sentences("ok"))
+
+
+def test_doctor_says_that_a_server_without_a_key_pair_signs_nothing():
+    with ServerProcess("-k", "a plain text", port=free_ports(5) + 1) as server:
+        host = f"127.0.0.1:{server.ports['rendezvous']}"
+        assert consult(host, "--key", "a plain text").is_well  # which is no public key
+        report = consult(host, "--key", OTHERS_KEY)
+        assert "offers no secured" in report.only("warning", "signature")[0]
+
+
+def test_doctor_names_a_lost_key(own_server):
+    with Peer(own_server).registered():
+        os.unlink(own_server.path("id_ed25519"))
+        report = consult(directory=own_server.directory)
+    assert "id_ed25519 is not" in report.only("fault", "key files")[0]
 
 
 # -- TLS --
@@ -18372,10 +18405,13 @@ def test_doctor_names_scarce_descriptors(own_server):
     resource.prlimit(pid, resource.RLIMIT_NOFILE, (64, 64))
     report = consult(directory=own_server.directory)
     assert "of 64 descriptors are open" in report.only("warning", "descriptors")[0]
-    resource.prlimit(pid, resource.RLIMIT_NOFILE, (18, 64))
-    report = consult(directory=own_server.directory)
-    assert "refused soon" in report.sentences("fault")["descriptors"]
-    resource.prlimit(pid, resource.RLIMIT_NOFILE, (64, 64))
+    with contextlib.ExitStack() as stack:
+        for _ in range(58 - len(os.listdir(f"/proc/{pid}/fd"))):
+            address = own_server.address("rendezvous")
+            stack.enter_context(TcpLink(address, (next_ip(), 0)))
+        wait_until(lambda: len(os.listdir(f"/proc/{pid}/fd")) >= 58)
+        report = consult(directory=own_server.directory)
+        assert "refused soon" in report.only("fault", "descriptors")[0]
 
 
 def test_doctor_tells_lost_datagrams(own_server):
@@ -18455,6 +18491,14 @@ def test_doctor_says_in_text_what_is_wrong_and_what_to_do():
     assert ended.returncode == 1 and "2 faults, 0 warnings" in lines
 
 
+def test_doctor_ends_quietly_when_nobody_reads_on(own_server):
+    command = shlex.join(server_command(["doctor"])) + " | head -1"
+    ended = subprocess.run(
+        command, shell=True, cwd=own_server.directory, env=clean_environment(),
+        capture_output=True, text=True, timeout=60)
+    assert ended.stdout.startswith("ok ") and ended.stderr == ""
+
+
 def test_doctor_works_where_python_is_small(own_server):
     report = consult(directory=own_server.directory, blocked=PYTHON3_LIGHT_LACKS)
     assert "no ssl module" in report.sentences("warning")["tls"], report.text
@@ -18462,8 +18506,9 @@ def test_doctor_works_where_python_is_small(own_server):
     assert report.status == 0
 
 
-@pytest.mark.parametrize("answer", [b"", b"HTTP/1.0 200 OK\r\n\r\nhello\n", b"\0" * 50,
-                                    b"\x08\x5a\x00" * 3, b"\xff" * 5000])
+@pytest.mark.parametrize("answer", [
+    None, b"", b"HTTP/1.0 200 OK\r\n\r\nhello\n", b"\0" * 50, b"\x08\x5a\x00" * 3,
+    b"\xff" * 5000], ids=["reset", "end", "http", "zeros", "frames", "noise"])
 def test_doctor_survives_whatever_answers(answer):
     """Programs of all kinds listen on these ports; none is a server."""
     base = free_ports(5)
@@ -18477,11 +18522,16 @@ def test_doctor_survives_whatever_answers(answer):
 
 
 def answer_everybody(listener, answer):
-    """Say one thing to each who connects, and hang up, until the listener ends."""
+    """Say one thing to each who connects (None: reset at once), and hang up, until
+    the listener ends."""
     with contextlib.suppress(OSError):
         while True:
             sock, _ = listener.accept()
             with sock, contextlib.suppress(OSError):
+                if answer is None:
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
+                                    struct.pack("ii", 1, 0))
+                    continue
                 sock.sendall(answer)
                 sock.recv(1000)
 
