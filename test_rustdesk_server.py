@@ -18091,6 +18091,13 @@ def test_doctor_finds_a_sound_server_sound_and_leaves_no_trace_in_its_store():
 
 
 @needs_walls
+def test_doctor_finds_a_sound_server_sound_over_ipv6(walled):
+    report = visit(walled, host="[2001:db8:77::1]:21116")
+    assert report.is_well, report.text
+    assert "udp [2001:db8:77::1]:21116" in report.sentences("ok")["registration"]
+
+
+@needs_walls
 @pytest.mark.parametrize("verdict, words", [
     ("drop", "udp 203.0.113.1:21116 is blocked: no answer to 3 datagrams, while TCP "
              "answers; a firewall drops it"),
@@ -18302,6 +18309,31 @@ def test_doctor_names_a_certificate_that_ran_out(tmp_path, days, level, words):
             untrusted.sentences("warning"))), untrusted.text
 
 
+@needs_walls
+def test_doctor_looks_at_port_443_of_a_host_that_is_given_by_name(tmp_path):
+    """There the clients with WebSocket look for it."""
+    certificate, end = dated(tmp_path, -1)
+    with walls("--listen", "443", *certificate.arguments) as walled:
+        report = consult("localhost", space=walled.host)
+        told = [row["sentence"] for row in report.rows if row["level"] == "fault"]
+        assert told == [f"tcp 127.0.0.1:{port} has a certificate that expired on {end}"
+                        for port in (21118, 443)], report.text
+
+
+@needs_mount
+def test_doctor_names_the_one_address_of_two_that_does_not_work(tmp_path):
+    hosts = written(tmp_path, "hosts", b"127.0.0.1 two.example\n::1 two.example\n")
+    with ServerProcess(port=free_ports(5) + 1) as server:
+        words = ["doctor", "--json", "two.example:%d" % server.ports["rendezvous"]]
+        report = Report(subprocess.run(
+            ["unshare", "-m", "sh", "-c", 'mount --bind "$0" /etc/hosts && exec "$@"',
+             str(hosts), *server_command(words)], env=clean_environment(), text=True,
+            stdout=subprocess.PIPE, timeout=60))
+        assert "two.example is 127.0.0.1, ::1" in report.sentences("ok")["host"]
+        sentence = report.sentences("warning")["host"]
+        assert "one address of two.example does not work: tcp [::1]" in sentence
+
+
 @pytest.mark.parametrize("end", ["20491231235958", "20500102030405", "20991231235959"])
 def test_ends_of_certificates_are_read_in_both_of_their_forms(end):
     """RFC 5280 4.1.2.5: two digits for the year until 2049, four from 2050."""
@@ -18400,6 +18432,7 @@ def test_doctor_says_that_no_server_runs_and_who_has_its_port():
         assert "nothing listens there" in report.sentences("fault")["registration"]
 
 
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="PyPy has no prlimit")
 def test_doctor_names_scarce_descriptors(own_server):
     pid = own_server.process.pid
     resource.prlimit(pid, resource.RLIMIT_NOFILE, (64, 64))
@@ -18522,8 +18555,8 @@ def test_doctor_survives_whatever_answers(answer):
 
 
 def answer_everybody(listener, answer):
-    """Say one thing to each who connects (None: reset at once), and hang up, until
-    the listener ends."""
+    """Say one thing to each who connects (None: reset it, once it has said something),
+    and hang up, until the listener ends."""
     with contextlib.suppress(OSError):
         while True:
             sock, _ = listener.accept()
@@ -18531,8 +18564,7 @@ def answer_everybody(listener, answer):
                 if answer is None:
                     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
                                     struct.pack("ii", 1, 0))
-                    continue
-                sock.sendall(answer)
+                sock.sendall(answer or b"")
                 sock.recv(1000)
 
 
