@@ -9526,8 +9526,8 @@ class Server:
         fault_of = self.rendezvous.key.fault_of if action.needs_key else None
         if self.relay is not None and self.relay.asks_tickets:
             self.on_ticket(action.session_uuid, Ticket(action.peer_id, fault_of))
-        for announcer in self.relay_watch.announcers.values():
-            announcer.announce(action)
+        if self.relay_watch is not None:
+            self.relay_watch.tell(action)
 
     def do_store(self, action):
         """Write a peer at the end of this turn."""
@@ -10516,6 +10516,11 @@ class RelayWatch:
                 self.announcers[name] = Announcer(self, name, keys)
                 self.announcers[name].again()
             self.announcers[name].keys = keys
+
+    def tell(self, ticket):
+        """Tell every relay of a session."""
+        for announcer in self.announcers.values():
+            announcer.announce(ticket)
 
     def check(self):
         """Try the relays of a list of two or more."""
