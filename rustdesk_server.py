@@ -3912,8 +3912,9 @@ limit("requests-per-target", 600, "a minute",
       "From everywhere for one peer, but for who was let in to ask for it lately.")
 limit("relay-links", 10_000, "links", "That wait for their partner, in all.")
 limit("relay-links-per-address", 500, "links", "Likewise, from one address.")
-limit("early-links", 2_000, "links", "That wait for their ticket, in all.")
-limit("early-links-per-address", 50, "links", "Likewise, from one address.")
+limit("early-links", 4_000, "links", "That wait for their ticket, in all.")
+limit("early-links-per-address", 500, "links",
+      "Likewise, from one address: of 10,000 a second each stays for 50 ms.")
 limit("sessions", 10_000, "sessions", "Relayed at a time.")
 limit("sessions-per-address", 1_000, "sessions", "Likewise, for either end.")
 limit("table-entries", 20_000, "entries",

@@ -15186,7 +15186,7 @@ def flood_troubles(figures):
 #: The floods of the default run are small ones: so are some limits then.  (Up to 96
 #: connections are accepted before those that have come are heard.)
 SMALL_LIMITS = ("--limit", "strangers-per-address=150,first-frame-seconds=1,"
-                           "relay-first-frame-seconds=1,early-links-per-address=20")
+                           "relay-first-frame-seconds=1,early-links-per-address=300")
 
 
 @pytest.mark.parametrize("idle", [
