@@ -6675,8 +6675,8 @@ class Relay:
 # What the running server says about itself: the two text consoles of the
 # official programs, reached from this machine over the ports of the NAT test
 # and of the relay.  They answer questions, and take changes where the operator
-# lets them (`--console full`).  And what sets a client up, as text and as a QR
-# code.  Text in, text out.
+# lets them (`--console full`).  What sets a client up, as text and as a QR
+# code.  And the status page.  Text in, text out.
 #
 # Uses: Constants, Frames and addresses, Configuration, Limits, Attempts,
 # Rendezvous, Relay.
@@ -7252,6 +7252,368 @@ def client_instructions(config):
         lines += [f"  {name}:", f"    {config[system]}"]
     return [*lines, "or give the Windows client this name before it is started",
             f"  {config['file_name']}"]
+
+
+# -- the status page -----------------------------------------------------------
+#
+# One HTML document, well-formed XML too: no script, no picture and no font from
+# elsewhere, so it asks nothing of anybody and can be kept.  `escape` is around
+# every value that comes from outside; what a helper returns is HTML.  A tone (good,
+# warn, bad, quiet) is a class that colours a dot or a bar, and never says what the
+# words beside it don't.  In the source the order is that of a phone, from the top.
+
+#: Peers and sessions on the page; the command line shows them all.
+PAGE_PEERS, PAGE_SESSIONS = 200, 50
+
+#: How the page colours the states of a peer.
+PEER_TONES = {"online": "good", "waits for approval": "warn", "disabled": "bad"}
+
+REFUSAL_WORDS = frozenset(refusal.value for refusal in Refusal)
+
+#: Browsers fetch nothing for the page but itself, even if a value were not escaped.
+PAGE_POLICY = ("default-src 'none'; style-src 'unsafe-inline'; img-src data:; "
+               "base-uri 'none'; form-action 'none'")
+
+PAGE_STYLE = """
+:root{color-scheme:light dark;--ground:#f5f6f8;--card:#fff;--line:#e4e7ec;--ink:#16191f;
+--soft:#5d6675;--faint:#eef0f4;--good:#0f7b54;--warn:#a85b00;--bad:#c22f24;
+--quiet:#8b94a3;--bar:#3a6df0}
+@media (prefers-color-scheme:dark){:root{--ground:#0d1014;--card:#161a20;--line:#272c35;
+--ink:#e9ebef;--soft:#9aa4b2;--faint:#20252d;--good:#43bd8d;--warn:#eba53a;
+--bad:#f5766a;--quiet:#6d7685;--bar:#6d95ff}}
+*{box-sizing:border-box;margin:0;padding:0}
+html{-webkit-text-size-adjust:100%}
+body{background:var(--ground);color:var(--ink);padding:32px 20px 40px;
+font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Liberation Sans",sans-serif;
+font-variant-numeric:tabular-nums;overflow-wrap:anywhere}
+header,main,footer{max-width:1160px;margin:0 auto}
+header{display:flex;flex-wrap:wrap;align-items:center;gap:4px 24px;margin-bottom:24px}
+h1{font-size:24px;line-height:1.25;letter-spacing:-.015em}
+header>div{flex:1 1 260px}
+small,.soft{color:var(--soft);font-size:13px;font-weight:400}
+.verdict{font-size:17px;font-weight:600}
+.dot::before{content:"";display:inline-block;width:.6em;height:.6em;border-radius:50%;
+margin-right:.55em;background:var(--tone)}
+.good{--tone:var(--good)}.warn{--tone:var(--warn)}.bad{--tone:var(--bad)}
+.quiet{--tone:var(--quiet)}
+.warnings{grid-column:1/-1;list-style:none;padding:12px 18px;border-radius:12px;
+background:var(--card);border:1px solid var(--line);border-left:4px solid var(--warn)}
+main{display:grid;grid-template-columns:minmax(0,1fr) 336px;gap:16px;align-items:start}
+.card{background:var(--card);border:1px solid var(--line);border-radius:12px;
+padding:16px 18px 18px;min-width:0}
+.wide{grid-column:1/-1}
+.side{display:grid;gap:16px;grid-column:2;grid-row:var(--row)}
+.peers{grid-column:1;grid-row:var(--row)}
+.title{display:flex;flex-wrap:wrap;justify-content:space-between;align-items:baseline;
+gap:0 16px;margin-bottom:10px}
+h2{font-size:15px;line-height:1.4}
+.tiles{display:grid;grid-template-columns:repeat(4,minmax(0,1fr));gap:16px}
+.tiles .card{padding:14px 18px}
+.tiles p{color:var(--soft);font-size:13px}
+.tiles b{display:block;font-size:34px;line-height:1.25;font-weight:650;
+letter-spacing:-.025em}
+.tiles b small{font-size:17px;letter-spacing:0;margin-left:.25em}
+.chart{position:relative;padding-top:18px}
+.chart svg{display:block;width:100%;height:120px}
+.chart rect{fill:var(--bar)}.chart rect:hover{fill:var(--ink)}
+.chart path{stroke:var(--line);vector-effect:non-scaling-stroke}
+.chart span{position:absolute;top:0;left:0}
+.axis{display:flex;justify-content:space-between;margin-top:6px}
+table{width:100%;border-collapse:collapse}
+th{font-size:12px;font-weight:500;color:var(--soft);text-align:left;
+padding:0 14px 6px 0}
+td{padding:7px 14px 7px 0;border-top:1px solid var(--line);vertical-align:baseline}
+td:first-child{font-weight:600}
+td small{margin-left:.5em}
+th:last-child,td:last-child{text-align:right;padding-right:0}
+.bars{list-style:none}
+.bars li{display:grid;grid-template-columns:1fr auto;gap:0 12px;padding:5px 0}
+.bars i{grid-column:1/-1;height:4px;border-radius:2px;background:var(--faint);
+margin-top:2px}
+.bars u{display:block;height:4px;min-width:4px;border-radius:2px;background:var(--tone)}
+.list{list-style:none}
+.list li{display:flex;justify-content:space-between;gap:12px;padding:4px 0}
+.setup svg{display:block;width:190px;height:auto;border-radius:8px;margin:0 auto 12px}
+dt{color:var(--soft);font-size:13px;margin-top:8px}
+dd code{font:13px/1.45 ui-monospace,"SF Mono",Menlo,Consolas,monospace;user-select:all;
+-webkit-user-select:all}
+.more{margin-top:12px}
+footer{margin-top:24px;display:flex;flex-wrap:wrap;justify-content:space-between;
+gap:0 24px}
+@media (max-width:860px){
+body{padding:20px 14px 32px}
+header{margin-bottom:16px}
+main{grid-template-columns:minmax(0,1fr);gap:12px}
+.side,.peers,.wide{grid-column:1;grid-row:auto}.side{gap:12px}
+.tiles{grid-template-columns:1fr 1fr;gap:12px}.tiles .card{padding:12px 14px}
+.tiles b{font-size:28px}.tiles b small{font-size:15px}
+.card{padding:14px}
+.chart svg{height:96px}
+table,tbody{display:block}thead{display:none}
+tr{display:grid;grid-template-columns:1fr auto;gap:0 12px;padding:8px 0;
+border-top:1px solid var(--line)}
+tbody tr:first-child{border:0;padding-top:0}
+td,td:last-child{border:0;padding:0}
+td:nth-child(2n){text-align:right}
+td:nth-child(n+3){color:var(--soft);font-size:13px}
+td:nth-child(5){grid-column:1/-1;text-align:left}
+.peers tr{grid-template-columns:minmax(0,auto) minmax(3.4em,1fr) minmax(0,auto)}
+.peers td:first-child{grid-column:1/3}
+.peers td:nth-child(4){grid-area:2/3}.peers td:nth-child(5){grid-area:2/2}
+}
+"""
+
+
+def escape(value):
+    """A text as HTML; what would not be seen, or turn the text around, is
+    named."""
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(value))
+    for sign, name in zip("&<>\"'", ("amp", "lt", "gt", "quot", "#39")):
+        text = text.replace(sign, f"&{name};")
+    return text
+
+
+def status_page(snapshot):
+    """The status page of a snapshot, which is a dictionary of what the server
+    knows right now and may be told to who asks."""
+    verdict, tone = page_verdict(snapshot)
+    name = snapshot["setup"]["host"] if snapshot["setup"] else "RustDesk server"
+    title = f"{snapshot['peers_online']:,} online, {verdict.lower()}: {name}"
+    parts = (page_warnings, page_tiles, page_traffic, page_sessions, page_side,
+             page_peers)
+    main = "\n".join(filter(None, (part(snapshot) for part in parts)))
+    return f"""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8" />
+<meta http-equiv="Content-Security-Policy" content="{PAGE_POLICY}" />
+<meta name="viewport" content="width=device-width, initial-scale=1" />
+<meta name="referrer" content="no-referrer" /><meta name="robots" content="noindex" />
+<meta http-equiv="refresh" content="30" /><link rel="icon" href="data:," />
+<title>{escape(title)}</title><style>{PAGE_STYLE}</style></head><body>
+<header><div><h1>{escape(name)}</h1><p class="soft">up for {
+        lasted(snapshot["uptime_seconds"])}</p></div>
+<p class="verdict dot {tone}" role="status">{escape(verdict)}</p></header>
+<main style="--row:{5 if snapshot["warnings"] else 4}">
+{main}
+</main>
+<footer class="soft"><p>rustdesk_server.py {escape(snapshot["version"])}</p>
+<p>as of {clock_text(snapshot["time"])}, renewed every 30 s</p></footer>
+</body></html>
+"""
+
+
+def page_verdict(snapshot):
+    """How the server is, in a few words, and their tone."""
+    if snapshot["health"] != "ok":
+        return f"Out of order: {snapshot['health']}", "bad"
+    if snapshot["warnings"]:
+        return "Works, but needs a look", "warn"
+    silent = sum(relay["state"] != "answers" for relay in snapshot["relays"])
+    if silent:
+        return f"{silent} of {len(snapshot['relays'])} relays silent", "warn"
+    return "Everything works", "good"
+
+
+def page_warnings(snapshot):
+    """What is wrong, if anything is."""
+    lines = "".join(f"<li>{escape(line)}</li>" for line in snapshot["warnings"])
+    return lines and f'<ul class="warnings" role="alert">{lines}</ul>'
+
+
+def page_tiles(snapshot):
+    """The four numbers that say most."""
+    rate = sum(session["bits_per_second"] for session in snapshot["sessions"])
+    tiles = (
+        ("Peers online", number_text(snapshot["peers_online"]),
+         f"of {snapshot['peers_known']:,} known"),
+        ("Relayed sessions", number_text(len(snapshot["sessions"])),
+         f"at {scaled(rate, 'bit/s')} together"),
+        ("Relayed", number_text(*scaled(snapshot["relayed_bytes"], "B").split("\xa0")),
+         "since the start"),
+        ("Connections", number_text(snapshot["connections"]), "open right now"))
+    cards = (f'<div class="card"><p>{label}</p><b>{number}</b><p>{more}</p></div>'
+             for label, number, more in tiles)
+    return f'<div class="tiles wide">{"".join(cards)}</div>'
+
+
+def number_text(number, unit=""):
+    """A number to be read from afar, its unit smaller."""
+    text = f"{number:,}" if isinstance(number, int) else number
+    return text + (f"<small>{unit}</small>" if unit else "")
+
+
+def scaled(value, unit):
+    """A quantity in the unit that gives it one to three digits before the
+    point."""
+    for prefix in ("", "k", "M", "G", "T", "P"):
+        if value < 999.5 or prefix == "P":
+            break
+        value /= 1000
+    return f"{value:,.{int(prefix != '' and value < 99.95)}f}\xa0{prefix}{unit}"
+
+
+def lasted(seconds):
+    """A time span, in its two largest units."""
+    rest, parts = int(seconds), []
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
+        count, rest = divmod(rest, size)
+        if count or parts or unit == "s":
+            parts.append(f"{count}\xa0{unit}")
+    return " ".join(parts[:2])
+
+
+def clock_text(moment):
+    """The time of day of a Unix time."""
+    minutes, seconds = divmod(int(moment), 60)
+    return f"{minutes // 60 % 24:02}:{minutes % 60:02}:{seconds:02} UTC"
+
+
+def page_card(title, aside, body, kind=""):
+    """A part of the page under its title; all of it is HTML."""
+    return (f'<section class="card {kind}"><div class="title"><h2>{title}</h2>'
+            f'<p class="soft">{aside}</p></div>{body}</section>')
+
+
+def page_none(text):
+    """What stands where there is nothing to list."""
+    return f'<p class="soft">{text}</p>'
+
+
+def page_table(columns, rows):
+    """Rows of cells, which are HTML."""
+    head = "".join(f'<th scope="col">{column}</th>' for column in columns)
+    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>\n"
+                   for row in rows)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table>"
+
+
+def page_traffic(snapshot):
+    """What was relayed in each minute of the last hour."""
+    rates = [count * 8 / 60 for count in snapshot["traffic"][-60:]]
+    if not any(rates):
+        return page_card("Traffic", "last hour", page_none("Nothing was relayed."),
+                         "wide")
+    peak = f"peak {scaled(max(rates), 'bit/s')}, now {scaled(rates[-1], 'bit/s')}"
+    top = round_up(max(rates))
+    return page_card("Traffic", peak, f'<div class="chart"><span class="soft">'
+                     f'{scaled(top, "bit/s")}</span>{traffic_svg(rates, top)}</div>'
+                     '<p class="axis soft"><span>1 h ago</span><span>30 min ago</span>'
+                     '<span>now</span></p>', "wide")
+
+
+def round_up(value):
+    """The next of 1, 2, 5, 10, 20, ..."""
+    unit = 10 ** (len(str(int(value))) - 1)
+    return next(step * unit for step in (1, 2, 5, 10) if step * unit >= value)
+
+
+def traffic_svg(rates, top):
+    """A bar per minute, the newest at the right; `top` is the full height."""
+    bars = []
+    for ago, rate in enumerate(reversed(rates)):
+        height = max(100 * rate / top, 1 if rate else 0)
+        bars.append(f'<rect x="{591 - 10 * ago}" y="{100 - height:.1f}" width="8" '
+                    f'height="{height:.1f}"><title>{ago} min ago: '
+                    f'{scaled(rate, "bit/s")}</title></rect>')
+    return ('<svg viewBox="0 0 600 100" preserveAspectRatio="none" role="img" '
+            'aria-label="Traffic of the last hour"><path d="M0 0h600M0 50h600M0 100'
+            f'h600" />{"".join(bars)}</svg>')
+
+
+def page_sessions(snapshot):
+    """Who is relayed right now, and how fast."""
+    rows = ([f"{escape(session['peer'])}<small>no. {escape(session['number'])}</small>",
+             scaled(session["bits_per_second"], "bit/s"),
+             f"for {lasted(session['seconds'])}", scaled(session["bytes"], "B"),
+             f"{escape(session['first'])} \u21c4 {escape(session['second'])}"]
+            for session in snapshot["sessions"][:PAGE_SESSIONS])
+    body = page_table(("Peer", "Rate", "Time", "Carried", "Between"), rows)
+    if not snapshot["sessions"]:
+        body = page_none("Nobody is relayed right now.")
+    body += page_more(len(snapshot["sessions"]) - PAGE_SESSIONS, "sessions")
+    return page_card("Sessions", "relayed right now", body, "wide sessions")
+
+
+def page_more(count, command):
+    """How many are not on the page, and which command shows them."""
+    if count <= 0:
+        return ""
+    return f'<p class="soft more">and {count:,} more: <code>{command}</code></p>'
+
+
+def page_side(snapshot):
+    """What stands beside the peers where there is room."""
+    parts = (page_outcomes, page_relays, page_limits, page_setup)
+    return f'<div class="side">{"".join(part(snapshot) for part in parts)}</div>'
+
+
+def page_outcomes(snapshot):
+    """How attempts have ended, the most frequent first."""
+    body = page_bars(snapshot["hour"], lambda word: (
+        "warn" if word in REFUSAL_WORDS else "good"))
+    return page_card("Outcomes", "last hour", body or page_none("Nobody tried."))
+
+
+def page_limits(snapshot):
+    """The limits that somebody has hit."""
+    body = page_bars(snapshot["limits_hit"], lambda word: "warn")
+    return page_card("Limits hit", "", body or page_none("None."))
+
+
+def page_bars(counts, tone_of):
+    """Words and how often each was said, as bars."""
+    most = max(counts.values(), default=0) or 1
+    bars = (f'<li class="{tone_of(word)}"><span>{escape(word)}</span><b>{count:,}</b>'
+            f'<i><u style="width:{100 * count / most:.1f}%"></u></i></li>'
+            for word, count in sorted(counts.items(), key=lambda item: -item[1]))
+    body = "".join(bars)
+    return body and f'<ul class="bars">{body}</ul>'
+
+
+def page_relays(snapshot):
+    """Whether each relay answers."""
+    lines = "".join(
+        f'<li><span class="dot {"good" if relay["state"] == "answers" else "bad"}">'
+        f'{escape(relay["name"])}</span><span class="soft">{escape(relay["state"])}'
+        "</span></li>" for relay in snapshot["relays"])
+    body = f'<ul class="list">{lines}</ul>' if lines else page_none("None is named.")
+    return page_card("Relays", "", body)
+
+
+def page_peers(snapshot):
+    """Who is known, those online first, as far as the page goes."""
+    shown = snapshot["peers"][:PAGE_PEERS]
+    known = max(snapshot["peers_known"], len(snapshot["peers"]))
+    body = page_table(("Peer", "State", "Address", "Last seen", "Client"),
+                      map(peer_cells, shown))
+    if not shown:
+        body = page_none("No peer has registered yet.")
+    body += page_more(known - len(shown), "peers")
+    aside = f"{snapshot['peers_online']:,} online of {snapshot['peers_known']:,}"
+    return page_card("Peers", aside, body, "peers")
+
+
+def peer_cells(peer):
+    """A peer as a row of the table."""
+    tone = PEER_TONES.get(peer["state"], "quiet")
+    return [escape(peer["id"]),
+            f'<span class="dot {tone}">{escape(peer["state"])}</span>',
+            f"{escape(peer['address'])}<small>{escape(peer['transport'])}</small>",
+            escape(peer["seen"]), escape(peer["version"])]
+
+
+def page_setup(snapshot):
+    """What sets a client up, as text and as a picture."""
+    setup = snapshot["setup"]
+    if not setup:
+        return ""
+    try:
+        picture = qr_svg(qr_code(setup["qr"].encode()))
+    except ValueError:  # too long for a code
+        picture = ""
+    items = "".join(f"<dt>{label}</dt><dd><code>{escape(setup[name])}</code></dd>"
+                    for label, name in (("ID server", "host"), ("Key", "key"),
+                                        ("Import server config", "string")))
+    return page_card("Set up a client", "", f"{picture}<dl>{items}</dl>", "setup")
 
 
 # == 16. Event loop ============================================================

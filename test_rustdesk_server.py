@@ -9199,6 +9199,289 @@ def test_instructions_hold_all_but_the_code():
     assert "Relay:" not in text and "API server:" not in text
 
 
+# -- the status page --
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+needs_browser = pytest.mark.skipif(
+    not CHROMIUM, reason="no browser here: apt-get install -y chromium")
+
+PAGE_STATES = ("online", "offline", "disabled", "released", "waits for approval")
+
+
+def peers_for_page(count):
+    """Peers of every state, those online first."""
+    online = -(-count * 7 // 12)
+    return [dict(id=str(123456789 + 7919 * n),
+                 address=f"203.0.113.{n % 250}:{40000 + n}",
+                 state="online" if n < online else PAGE_STATES[1 + n % 4],
+                 transport=("UDP", "TCP", "WebSocket")[n % 3], version="1.4.9",
+                 seen="4 s ago" if n < online else "3 days ago") for n in range(count)]
+
+
+def snapshot_of(count, **changes):
+    """What a server with so many peers knows."""
+    peers = peers_for_page(count)
+    told = rustdesk_server.client_config("rd.example.org", 21116, "", CLIENT_KEY)
+    sessions = [dict(number=n + 3, peer=peer["id"], first="198.51.100.24:51822",
+                     second="[2001:db8:1234:5678:9abc:def0:1234:5678]:50231",
+                     seconds=812 * n, bytes=93200000, bits_per_second=2400000)
+                for n, peer in enumerate(peers[:60])]
+    return {
+        "version": "0.1.0", "health": "ok", "uptime_seconds": 93784,
+        "time": 1790000000, "peers_known": count, "peers": peers, "sessions": sessions,
+        "peers_online": sum(peer["state"] == "online" for peer in peers),
+        "connections": 31 * count, "relayed_bytes": 123456789012 if count else 0,
+        "traffic": [1000000 * (n % 17) for n in range(60)] if count else [],
+        "hour": {"introduced": 31, "relay-arranged": 4, "offline": 2} if count else {},
+        "limits_hit": {"too-many-strangers": 12} if count else {},
+        "relays": [dict(name="relay.example:21117", state="answers")] * bool(count),
+        "warnings": ["the store cannot be written"] if count > 1000 else [],
+        "setup": dict(host=told["host"], key=told["key"], string=told["config"],
+                      qr=told["qr"]) if count else None,
+        **changes}
+
+
+def page_of(snapshot):
+    """The page and, since it is XML too, its tree."""
+    page = rustdesk_server.status_page(snapshot)
+    return page, xml.etree.ElementTree.fromstring(page)
+
+
+def text_of(snapshot):
+    """What is to be read on the page."""
+    body = page_of(snapshot)[1].find("body")
+    return "\n".join(body.itertext()).replace("\xa0", " ")
+
+
+PAGES = pytest.mark.parametrize("count", [0, 3, 5000])
+
+
+@PAGES
+def test_page_is_well_formed_and_asks_nothing_of_anybody(count):
+    page, tree = page_of(snapshot_of(count))
+    assert page.startswith("<!DOCTYPE html>\n<html lang=")
+    attributes = {(name, text) for found in tree.iter()
+                  for name, text in found.attrib.items()}
+    assert {text for name, text in attributes if name in (
+        "src", "srcset", "href", "action", "data", "poster")} == {"data:,"}
+    assert not any(name.startswith("on") for name, _ in attributes)
+    tags = {found.tag.rpartition("}")[2] for found in tree.iter()}
+    assert not tags & {"script", "img", "iframe", "object", "embed", "form", "a"}
+    assert not re.search(r"(?i)url\(|@import|javascript:|//(?!www\.w3\.org/2000/svg\")",
+                         page)
+    metas = {found.get("name") or found.get("http-equiv"): found.get("content")
+             for found in tree.iter("meta")}
+    assert metas["refresh"] == "30" and "width=device-width" in metas["viewport"]
+    assert "default-src 'none'" in metas["Content-Security-Policy"]
+
+
+#: Ends a tag, a text and an attribute, and turns the text around.
+HOSTILE = "</p><script>alert(1)</script>\"'><img src=x onerror=alert(2)>&lt;\x00\x1b"
+HOSTILE += "\u202e\u2067\u200f\x85\u2028"
+HOSTILE_SEEN = HOSTILE[:-7] + r"\x00\x1b\u202e\u2067\u200f\x85\u2028"
+
+
+def with_texts(value, texts):
+    """The same with the next of the texts in place of every string."""
+    if isinstance(value, dict):
+        words = value.keys() & {"introduced", "too-many-strangers"}
+        return {next(texts) if words else name: with_texts(held, texts)
+                for name, held in value.items()}
+    if isinstance(value, list):
+        return [with_texts(held, texts) for held in value]
+    return next(texts) if isinstance(value, str) else value
+
+
+def test_hostile_text_in_any_field_is_shown_and_does_nothing():
+    snapshot = snapshot_of(3, warnings=["one", "two"])
+    page, tree = page_of(with_texts(snapshot, (f"[{n}]{HOSTILE}" for n in range(99))))
+    harmless = page_of(with_texts(snapshot, (f"[{n}]x" for n in range(99))))[1]
+    assert [(found.tag, sorted(found.attrib)) for found in tree.iter()] == [
+        (found.tag, sorted(found.attrib)) for found in harmless.iter()]
+    values = {text for found in tree.iter() for text in found.attrib.values()}
+    assert not any("alert(" in text for text in values)
+    assert all(sign.isprintable() or sign in "\n\xa0" for sign in page)
+    seen = "".join(tree.find("body").itertext())
+    shown = {n for n in range(99) if f"[{n}]{HOSTILE_SEEN}" in seen}
+    wanted = "".join(harmless.find("body").itertext())
+    assert shown == {n for n in range(99) if f"[{n}]x" in wanted}
+    assert len(shown) > 30
+
+
+def test_half_a_character_is_shown_and_spoils_nothing():
+    snapshot = snapshot_of(1)
+    snapshot["peers"][0]["id"] = snapshot["setup"]["qr"] = "a\ud800b"
+    assert rustdesk_server.status_page(snapshot).encode()
+    assert r"a\ud800b" in text_of(snapshot).split()
+
+
+def test_page_shows_200_peers_and_tells_how_many_more_there_are():
+    snapshot = snapshot_of(5000)
+    text = text_of(snapshot)
+    assert [peer["id"] in text.split() for peer in snapshot["peers"]] == (
+        [True] * 200 + [False] * 4800)
+    assert "and 4,800 more: \npeers" in text and "and 10 more: \nsessions" in text
+    assert "more:" not in text_of(snapshot_of(50))
+    assert "and 17 more: \npeers" in text_of(snapshot_of(3, peers_known=20))
+
+
+def test_page_says_what_the_snapshot_says():
+    lines = text_of(snapshot_of(12)).splitlines()
+    for line in ("rd.example.org", "up for 1 d 2 h", "Everything works", "of 12 known",
+                 "7 online of 12", "at 28.8 Mbit/s together", "123456789", "UDP",
+                 "no. 3", "2.4 Mbit/s", "93.2 MB", "for 13 min 32 s", "introduced",
+                 "31", "too-many-strangers", "relay.example:21117", "answers",
+                 "198.51.100.24:51822 ⇄ [2001:db8:1234:5678:9abc:def0:1234:5678]:50231",
+                 CLIENT_KEY, "waits for approval",
+                 "as of 14:13:20 UTC, renewed every 30 s"):
+        assert line in lines, line
+    number = lines.index("123")
+    assert lines[number - 1:number + 3] == ["Relayed", "123", "GB", "since the start"]
+
+
+def test_page_of_a_server_without_peers_says_so():
+    text = text_of(snapshot_of(0))
+    for line in ("Nothing was relayed.", "Nobody is relayed right now.",
+                 "Nobody tried.", "None is named.", "None.",
+                 "No peer has registered yet."):
+        assert line in text.splitlines()
+    assert "Set up a client" not in text
+
+
+@pytest.mark.parametrize("changes, verdict, tone", [
+    ({}, "Everything works", "good"),
+    ({"warnings": ["the disk is full"]}, "Works, but needs a look", "warn"),
+    ({"relays": [dict(name="a", state="answers"), dict(name="b", state="silent")]},
+     "1 of 2 relays silent", "warn"),
+    ({"health": "stopping", "warnings": ["w"]}, "Out of order: stopping", "bad"),
+])
+def test_page_begins_with_how_the_server_is(changes, verdict, tone):
+    tree = page_of(snapshot_of(12, **changes))[1]
+    shown = tree.find("body/header/p")
+    assert (shown.text, shown.get("class")) == (verdict, f"verdict dot {tone}")
+    assert tree.find("head/title").text == (
+        f"7 online, {verdict.lower()}: rd.example.org")
+    warned = [item.text for item in tree.iterfind("body/main/ul/li")]
+    assert warned == changes.get("warnings", [])
+
+
+def test_code_on_the_page_is_read():
+    snapshot = snapshot_of(3)
+    picture = re.search(r"<svg xmlns=.*?</svg>", rustdesk_server.status_page(snapshot))
+    modules = modules_in_picture(picture.group())
+    assert scanned(modules) == snapshot["setup"]["qr"].encode()
+
+
+def test_page_without_room_for_a_code_has_the_text_only():
+    snapshot = snapshot_of(3)
+    snapshot["setup"]["qr"] = "x" * 667
+    assert "<svg xmlns" not in rustdesk_server.status_page(snapshot)
+    assert CLIENT_KEY in text_of(snapshot)
+
+
+def bars_of(traffic):
+    """(x, y, height, title) of the bars that show the traffic."""
+    tree = page_of(snapshot_of(0, traffic=traffic))[1]
+    return [(*(float(bar.get(name)) for name in ("x", "y", "height")),
+             bar.find("title").text.replace("\xa0", " ")) for bar in tree.iter("rect")]
+
+
+def test_traffic_is_a_bar_for_each_minute_and_the_newest_is_at_the_right():
+    assert bars_of([0, 1_500_000, 3_750_000]) == [
+        (591, 0, 100, "0 min ago: 500 kbit/s"), (581, 60, 40, "1 min ago: 200 kbit/s"),
+        (571, 100, 0, "2 min ago: 0 bit/s")]
+    bars = bars_of([10 ** 12, 1, *[0] * 58, 10 ** 9])
+    assert len(bars) == 60 and bars[0][:3] == (591, 33.3, 66.7)
+    assert bars[-1][:3] == (1, 99, 1), "what is not nothing is seen"
+
+
+@pytest.mark.parametrize("value, text", [
+    (0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (99_949, "99.9 kB"),
+    (99_950, "100 kB"), (999_499, "999 kB"), (999_500, "1.0 MB"),
+    (123456789012, "123 GB"), (5 * 10 ** 18, "5,000 PB"),
+])
+def test_quantities_have_two_or_three_digits(value, text):
+    assert rustdesk_server.scaled(value, "B") == text.replace(" ", "\xa0")
+
+
+@pytest.mark.parametrize("seconds, text", [
+    (0, "0 s"), (59.9, "59 s"), (60, "1 min 0 s"), (3600, "1 h 0 min"),
+    (86399, "23 h 59 min"), (93784, "1 d 2 h"),
+])
+def test_time_spans_are_told_in_two_units(seconds, text):
+    assert rustdesk_server.lasted(seconds).replace("\xa0", " ") == text
+
+
+@pytest.mark.parametrize("value, top", [
+    (0.3, 1), (1, 1), (1.2, 2), (2, 2), (4_600_000, 5_000_000), (51, 100), (100, 100)])
+def test_height_of_the_chart_is_a_round_number(value, top):
+    assert rustdesk_server.round_up(value) == top
+
+
+#: The page four times in one window; the title tells of each frame how wide its
+#: content and itself are, and its ground.
+PAGE_VIEWS = [(width, scheme) for width in (390, 1280) for scheme in ("light", "dark")]
+PAGE_FRAME = """<iframe srcdoc="%s" style="width:%dpx;color-scheme:%s" onload="
+const view = this.contentDocument, root = view.documentElement;
+this.style.height = Math.min(root.scrollHeight, 4000) + 'px';
+document.title += [root.scrollWidth, root.clientWidth,
+                   getComputedStyle(view.body).backgroundColor].join(' ') + ';';
+"></iframe>"""
+
+
+def views_in_browser(page, folder):
+    """What a browser says of the page in each view, and its complaints; a picture
+    of all is left in the folder."""
+    escaped = page.replace("&", "&amp;").replace('"', "&quot;")
+    frames = "".join(PAGE_FRAME % (escaped, *view) for view in PAGE_VIEWS)
+    (folder / "views.html").write_text(
+        "<!doctype html><title></title><style>body{display:flex;gap:9px;width:3400px}"
+        f"iframe{{border:0;flex:none}}</style>{frames}", encoding="utf-8")
+    ended = subprocess.run(
+        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
+         "--disable-background-networking", "--disable-component-update",
+         "--disable-sync", "--enable-logging=stderr", "--hide-scrollbars",
+         "--window-size=3400,4000", f"--user-data-dir={folder}/profile",
+         f"--screenshot={folder}/views.png",
+         "--dump-dom", f"file://{folder}/views.html"],
+        capture_output=True, text=True, timeout=DEADLINE_SECONDS * 4)
+    told = re.search("<title>(.*?)</title>", ended.stdout).group(1)
+    complaints = [line for line in ended.stderr.splitlines() if "CONSOLE" in line]
+    return [view.split(" ", 2) for view in told.rstrip(";").split(";")], complaints
+
+
+@needs_browser
+@PAGES
+def test_page_fits_phone_and_screen_in_light_and_dark(count, tmp_path):
+    """The browser has nothing to complain of either, such as a request to
+    elsewhere, which the page's own policy forbids."""
+    page = rustdesk_server.status_page(snapshot_of(count))
+    views, complaints = views_in_browser(page, tmp_path)
+    assert complaints == [] and (tmp_path / "views.png").stat().st_size > 10_000
+    grounds = {"light": "rgb(245, 246, 248)", "dark": "rgb(13, 16, 20)"}
+    wanted = sorted([str(width), str(width), grounds[scheme]]
+                    for width, scheme in PAGE_VIEWS)
+    assert sorted(views) == wanted
+
+
+@needs_browser
+def test_hostile_text_is_inert_in_a_browser_and_fits_a_phone(tmp_path):
+    texts = (f"{n}:{HOSTILE}{'W' * 300}" for n in range(99))
+    page = rustdesk_server.status_page(with_texts(snapshot_of(3), texts))
+    views, complaints = views_in_browser(page, tmp_path)
+    assert complaints == [] and sorted(view[:2] for view in views) == [
+        ["1280", "1280"]] * 2 + [["390", "390"]] * 2
+
+
+@needs_browser
+def test_page_that_asks_elsewhere_would_be_complained_of(tmp_path):
+    alien = '<img src="http://127.0.0.1:9/x.png" /><p style="width:2000px">x</p>'
+    page = rustdesk_server.status_page(snapshot_of(3)).replace("</main>", alien)
+    views, complaints = views_in_browser(page, tmp_path)
+    assert any("Content Security Policy" in line for line in complaints)
+    assert all(int(wide) > int(room) for wide, room, _ in views)
+
+
 # == 16. Event loop ============================================================
 
 
@@ -14495,11 +14778,8 @@ def offered_in(networks, space, host, port, peer_id, client, server):
 # -- other people's programs: nginx and a browser --
 
 NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/usr/local/sbin")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 needs_nginx = pytest.mark.skipif(
     not NGINX, reason="no nginx here: apt-get install -y nginx-light")
-needs_browser = pytest.mark.skipif(
-    not CHROMIUM, reason="no browser here: apt-get install -y chromium")
 
 #: What the README tells operators to write, with the ports of one test.
 NGINX_CONFIGURATION = """
