@@ -3601,9 +3601,9 @@ setting("idle-limit", "", parse_count, 7200, "SECONDS",
 setting("drain", "", parse_count, 5, "SECONDS",
         "How long relayed sessions may go on after SIGTERM.")
 setting("status-listen", "", parse_endpoints, None, "ADDRESS:PORT",
-        "Where `/metrics` and `/status.json` are served (127.0.0.1:21120, with `hbbr` "
-        "21121; `off` for nowhere). An address other than this machine's own needs "
-        "`--status-token`.")
+        "Where the status page, `/metrics` and `/status.json` are served "
+        "(127.0.0.1:21120, with `hbbr` 21121; `off` for nowhere). An address other than "
+        "this machine's own needs `--status-token`.")
 setting("status-token", "", parse_text, "", "TOKEN",
         "What who asks for the status has to show, as `?token=TOKEN` or as a bearer "
         "token.")
@@ -10726,7 +10726,8 @@ class StatusService:
                                  "WWW-Authenticate: Bearer", *self.FIELDS)
         if not self.server.config.status_token and not is_own_host(request):
             return http_response("403 Forbidden", "ask by address", *self.FIELDS)
-        answer = {"/metrics": self.metrics, "/status.json": self.as_json}.get(path)
+        answer = {"/": self.page, "/metrics": self.metrics,
+                  "/status.json": self.as_json}.get(path)
         if answer is None:
             return http_response("404 Not Found", "", *self.FIELDS)
         return answer()
@@ -10738,6 +10739,11 @@ class StatusService:
         bearer = request.headers.get("authorization", "").partition(" ")[2]
         return not token or any(hmac.compare_digest(text.encode(), token)
                                 for text in (shown.get("token", ""), bearer))
+
+    def page(self):
+        """For a person."""
+        return http_response("200 OK", status_page(self.snapshot()), *self.FIELDS,
+                             kind="text/html")
 
     def metrics(self):
         """For Prometheus."""
@@ -10764,7 +10770,7 @@ class StatusService:
             "connections": len(server.crowd.links), "outcomes": dict(counters),
             "hour": hour, "limits_hit": {w: n for w, n in hour.items() if w in limits},
             "traffic": [after - before for before, after in zip(carried, carried[1:])],
-            "setup": self.setup(), **self.peers(), **self.sessions(), **self.relays()}
+            "setup": self.setup(), "warnings": [], **self.peers(), **self.sessions(), **self.relays()}
 
     def setup(self):
         """What clients of this network are set up with, or None."""

@@ -11141,6 +11141,15 @@ def test_status_tells_programs_who_is_there_and_what_is_relayed():
         assert server.read("id_ed25519") not in body
 
 
+def test_status_page_shows_the_running_server():
+    with ServerProcess() as server, Peer(server).registered() as peer:
+        status, headers, body = ask_status(server, "/")
+        assert (status, headers["Content-Type"]) == (200, "text/html; charset=utf-8")
+        assert "default-src 'none'" in headers["Content-Security-Policy"]
+        assert peer.peer_id in body and server.public_key in body
+        assert server.read("id_ed25519") not in body
+
+
 def test_metrics_are_what_prometheus_reads():
     from prometheus_client.parser import text_string_to_metric_families
     with ServerProcess("-r", "127.0.0.1:1,127.0.0.1:2") as server:
