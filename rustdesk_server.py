@@ -80,13 +80,14 @@ import sys
 import threading
 import time
 
-# OpenSSL would cost 3.5 MB of memory here, only for hashes that Python has by
+# OpenSSL would cost 3.5 MB of memory here, only for hashes that CPython has by
 # itself; both modules do without it where it is missing, so for them it is.
-sys.modules.setdefault("_hashlib", None)
+if sys.implementation.name == "cpython":
+    sys.modules.setdefault("_hashlib", None)
 import hashlib
 import hmac
 
-if sys.modules["_hashlib"] is None:
+if sys.modules.get("_hashlib", "") is None:
     del sys.modules["_hashlib"]
 
 try:
