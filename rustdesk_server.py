@@ -7287,7 +7287,7 @@ html{-webkit-text-size-adjust:100%}
 body{background:var(--ground);color:var(--ink);padding:32px 20px 40px;
 font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Liberation Sans",sans-serif;
 font-variant-numeric:tabular-nums;overflow-wrap:anywhere}
-header,main,footer{max-width:1160px;margin:0 auto}
+header,main,footer{max-width:1200px;margin:0 auto}
 header{display:flex;flex-wrap:wrap;align-items:center;gap:4px 24px;margin-bottom:24px}
 h1{font-size:24px;line-height:1.25;letter-spacing:-.015em}
 header>div{flex:1 1 260px}
@@ -7324,7 +7324,11 @@ table{width:100%;border-collapse:collapse}
 th{font-size:12px;font-weight:500;color:var(--soft);text-align:left;
 padding:0 14px 6px 0}
 td{padding:7px 14px 7px 0;border-top:1px solid var(--line);vertical-align:baseline}
-td:first-child{font-weight:600}
+td:first-child{font-weight:600;min-width:7.2em}
+.peers td:nth-child(n+3){color:var(--soft);font-size:13px}
+.peers td:nth-child(2){min-width:7em}.peers td:nth-child(4){min-width:7em}
+.peers td:nth-child(5){min-width:3.6em}
+.sessions td:nth-child(n+2):nth-child(-n+4){white-space:nowrap}
 td small{margin-left:.5em}
 th:last-child,td:last-child{text-align:right;padding-right:0}
 .bars{list-style:none}
@@ -7341,7 +7345,7 @@ dd code{font:13px/1.45 ui-monospace,"SF Mono",Menlo,Consolas,monospace;user-sele
 .more{margin-top:12px}
 footer{margin-top:24px;display:flex;flex-wrap:wrap;justify-content:space-between;
 gap:0 24px}
-@media (max-width:860px){
+@media (max-width:980px){
 body{padding:20px 14px 32px}
 header{margin-bottom:16px}
 main{grid-template-columns:minmax(0,1fr);gap:12px}
@@ -7351,16 +7355,16 @@ main{grid-template-columns:minmax(0,1fr);gap:12px}
 .card{padding:14px}
 .chart svg{height:96px}
 table,tbody{display:block}thead{display:none}
-tr{display:grid;grid-template-columns:1fr auto;gap:0 12px;padding:8px 0;
-border-top:1px solid var(--line)}
+tr{display:grid;grid-template-columns:1fr auto;align-items:baseline;gap:0 12px;
+padding:8px 0;border-top:1px solid var(--line)}
 tbody tr:first-child{border:0;padding-top:0}
-td,td:last-child{border:0;padding:0}
+td,td:last-child{border:0;padding:0}.card tr td{min-width:0}
 td:nth-child(2n){text-align:right}
 td:nth-child(n+3){color:var(--soft);font-size:13px}
 td:nth-child(5){grid-column:1/-1;text-align:left}
 .peers tr{grid-template-columns:minmax(0,auto) minmax(3.4em,1fr) minmax(0,auto)}
-.peers td:first-child{grid-column:1/3}
-.peers td:nth-child(4){grid-area:2/3}.peers td:nth-child(5){grid-area:2/2}
+.peers td:nth-child(2){grid-area:1/3}.peers td:nth-child(3){grid-area:2/1/3/3}
+.peers td:nth-child(4){grid-area:2/3}.peers td:nth-child(5){grid-area:1/2}
 }
 """
 
