@@ -7269,7 +7269,10 @@ PAGE_PEERS, PAGE_SESSIONS = 200, 50
 #: How the page colours the states of a peer.
 PEER_TONES = {"online": "good", "waits for approval": "warn", "disabled": "bad"}
 
-REFUSAL_WORDS = frozenset(refusal.value for refusal in Refusal)
+#: How it colours outcomes; endings such as `idle` are neither good nor bad.
+OUTCOME_TONES = {**{refusal.value: "warn" for refusal in Refusal},
+                 "registered": "good", "introduced": "good", "relay-arranged": "good",
+                 "finished": "good"}
 
 #: Browsers fetch nothing for the page but itself, even if a value were not escaped.
 PAGE_POLICY = ("default-src 'none'; style-src 'unsafe-inline'; img-src data:; "
@@ -7553,8 +7556,7 @@ def page_side(snapshot):
 
 def page_outcomes(snapshot):
     """How attempts have ended, the most frequent first."""
-    body = page_bars(snapshot["hour"], lambda word: (
-        "warn" if word in REFUSAL_WORDS else "good"))
+    body = page_bars(snapshot["hour"], lambda word: OUTCOME_TONES.get(word, "quiet"))
     return page_card("Outcomes", "last hour", body or page_none("Nobody tried."))
 
 
@@ -7611,14 +7613,21 @@ def page_setup(snapshot):
     setup = snapshot["setup"]
     if not setup:
         return ""
-    try:
-        picture = qr_svg(qr_code(setup["qr"].encode()))
-    except ValueError:  # too long for a code
-        picture = ""
     items = "".join(f"<dt>{label}</dt><dd><code>{escape(setup[name])}</code></dd>"
                     for label, name in (("ID server", "host"), ("Key", "key"),
                                         ("Import server config", "string")))
-    return page_card("Set up a client", "", f"{picture}<dl>{items}</dl>", "setup")
+    body = f"{setup_picture(setup['qr'])}<dl>{items}</dl>"
+    return page_card("Set up a client", "", body, "setup")
+
+
+@functools.lru_cache(maxsize=1)
+def setup_picture(text):
+    """The code of a text, which takes longer than the rest of the page; "" if
+    no code holds it."""
+    try:
+        return qr_svg(qr_code(text.encode()))
+    except ValueError:
+        return ""
 
 
 # == 16. Event loop ============================================================

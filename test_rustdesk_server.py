@@ -9365,6 +9365,27 @@ def test_page_begins_with_how_the_server_is(changes, verdict, tone):
     assert warned == changes.get("warnings", [])
 
 
+def test_outcomes_are_coloured_and_the_most_frequent_come_first():
+    hour = {"offline": 2, "introduced": 40, "idle": 2, "no-key": 0}
+    tree = page_of(snapshot_of(0, hour=hour))[1]
+    assert [(item.find("span").text, item.find("b").text, item.get("class"),
+             item.find("i/u").get("style"))
+            for item in tree.iterfind(".//ul[@class='bars']/li")] == [
+        ("introduced", "40", "good", "width:100.0%"),
+        ("offline", "2", "warn", "width:5.0%"), ("idle", "2", "quiet", "width:5.0%"),
+        ("no-key", "0", "warn", "width:0.0%")]
+
+
+@pytest.mark.parametrize("state, tone", [
+    ("online", "good"), ("offline", "quiet"), ("released", "quiet"),
+    ("disabled", "bad"), ("waits for approval", "warn")])
+def test_peers_are_coloured_by_their_state(state, tone):
+    peers = [dict(peers_for_page(1)[0], state=state)]
+    tree = page_of(snapshot_of(1, peers=peers))[1]
+    shown = tree.find(".//section[@class='card peers']//td/span")
+    assert (shown.text, shown.get("class")) == (state, f"dot {tone}")
+
+
 def test_code_on_the_page_is_read():
     snapshot = snapshot_of(3)
     picture = re.search(r"<svg xmlns=.*?</svg>", rustdesk_server.status_page(snapshot))
