@@ -3603,8 +3603,8 @@ setting("drain", "", parse_count, 5, "SECONDS",
         "How long relayed sessions may go on after SIGTERM.")
 setting("status-listen", "", parse_endpoints, None, "ADDRESS:PORT",
         "Where the status page, `/metrics` and `/status.json` are served "
-        "(127.0.0.1:21120, with `hbbr` 21121; `off` for nowhere). An address other than "
-        "this machine's own needs `--status-token`.")
+        "(127.0.0.1:21120, with `hbbr` 21121; `off` for nowhere). Any address but this "
+        "machine's own needs `--status-token`.")
 setting("status-token", "", parse_text, "", "TOKEN",
         "What who asks for the status has to show, as `?token=TOKEN` or as a bearer "
         "token.")
@@ -10784,7 +10784,8 @@ class StatusService:
             "connections": len(server.crowd.links), "outcomes": dict(counters),
             "hour": hour, "limits_hit": {w: n for w, n in hour.items() if w in limits},
             "traffic": [after - before for before, after in zip(carried, carried[1:])],
-            "setup": self.setup(), "warnings": [], **self.peers(), **self.sessions(), **self.relays()}
+            "setup": self.setup(), "warnings": [], **self.peers(), **self.sessions(),
+            **self.relays()}
 
     def setup(self):
         """What clients of this network are set up with, or None."""

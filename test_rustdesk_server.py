@@ -8458,9 +8458,10 @@ def test_end_of_a_session_is_reported_once():
     world = RelayWorld()
     session = world.paired()
     session.flows[1].allowance -= 3_000_000
-    report, = list(world.role.on_session_ended(session, "finished", NOW + 12))
-    assert report == rustdesk_server.Report("finished", (
-        f"session 1 of {A_PLACE} and {B_PLACE} after 12.0 s, 3.00 MB"))
+    text = f"session 1 of {A_PLACE} and {B_PLACE} after 12.0 s, 3.00 MB"
+    assert list(world.role.on_session_ended(session, "finished", NOW + 12)) == [
+        rustdesk_server.Report("finished", text, session.peer_id),
+        rustdesk_server.Event("session-end", session.peer_id, f"finished: {text}")]
     assert list(world.role.on_session_ended(session, "broken", NOW + 13)) == []
     assert world.role.sessions == {}
 
@@ -9783,7 +9784,7 @@ def test_two_processes_with_one_directory_serve_a_session():
     with ServerProcess("-k", "_", role="hbbs") as rendezvous:
         with ServerProcess("-k", "_", role="hbbr",
                            directory=rendezvous.path("")) as relay:
-            assert set(relay.ports) == {"relay", "relay-websocket"}
+            assert set(relay.ports) == {"relay", "relay-websocket", "status"}
             rendezvous.ports.update(relay.ports)
             with LivePeer(rendezvous) as peer:
                 initiator = Initiator(rendezvous, force_relay=True)
@@ -20017,11 +20018,16 @@ def test_each_subcommand_opens_the_ports_of_its_role(role, names):
         assert not (BOTH_ROLES - names) & set(server.ports)
 
 
+def client_ports(server):
+    """The ports that clients use."""
+    return {name: port for name, port in server.ports.items() if name != "status"}
+
+
 def test_ports_follow_from_the_main_port():
     """Chapter 1: P-2 to P+2; and the relay at P+1 and P+3 in one process."""
     base = free_ports(6)
     with ServerProcess(port=base + 2) as server:
-        assert server.ports == {
+        assert client_ports(server) == {
             "api": base, "nat-test": base + 1, "rendezvous": base + 2,
             "relay": base + 3, "rendezvous-websocket": base + 4,
             "relay-websocket": base + 5}
@@ -20030,7 +20036,7 @@ def test_ports_follow_from_the_main_port():
 def test_port_of_the_relay_is_its_own_on_the_command_line():
     base = free_ports(3)
     with ServerProcess(role="hbbr", port=base) as server:
-        assert server.ports == {"relay": base, "relay-websocket": base + 2}
+        assert client_ports(server) == {"relay": base, "relay-websocket": base + 2}
 
 
 def test_port_in_the_environment_is_the_rendezvous_port_for_the_relay_too():
@@ -20038,7 +20044,7 @@ def test_port_in_the_environment_is_the_rendezvous_port_for_the_relay_too():
     base = free_ports(4)
     with ServerProcess(role="hbbr", port=None,
                        environment=dict(PORT=str(base))) as server:
-        assert server.ports == {"relay": base + 1, "relay-websocket": base + 3}
+        assert client_ports(server) == {"relay": base + 1, "relay-websocket": base + 3}
 
 
 @linux_only
