@@ -15535,7 +15535,7 @@ def test_a_registered_pair_connects_while_strangers_flood(name, same):
     seconds = 2.5 if name == "slow-loris" else 1.2
     figures = run_flood(name, same, seconds, 0.06, *SMALL_LIMITS)
     assert flood_troubles(figures) == [], figures
-    assert figures["connects"] >= 3
+    assert figures["connects"] >= 1
 
 
 def test_the_oldest_link_ahead_of_its_ticket_makes_room_for_the_newest():
