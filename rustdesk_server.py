@@ -259,6 +259,9 @@ CERTIFICATE_CHECK_SECONDS = 30.0
 
 #: How often bandwidth is shared out, where there is a cap.
 SHARE_SECONDS = 0.05
+#: More than one process can move; people set so much to lift the caps that the
+#: official server has by default.
+UNREACHABLE_MEGABITS = 100_000
 
 #: How often ids are looked for that never came back.
 UNTRIED_CHECK_SECONDS = 3600
@@ -285,7 +288,8 @@ CHANGES_FILE = "changes.conf"
 #
 # Every "no" of this program, in one closed list.  The word is what stands in
 # the log and in the counters.  `Refused` is raised for what the other side got
-# wrong; it is caught in one place, counted and logged there.
+# wrong; it is caught in one place, counted and logged there.  `Trouble` is for
+# what the operator has to mend, and its text tells how.
 #
 # Uses: nothing.
 
@@ -361,6 +365,11 @@ class Refused(Exception):
         self.refusal = refusal
         self.detail = detail
         self.passed = b""  # what a translator had for the reader before it
+
+
+class Trouble(Exception):
+    """Something cannot be done; the text tells the operator why, and what to
+    do."""
 
 
 # == 3. Wire format ============================================================
@@ -476,15 +485,19 @@ def read_fields(data):
     """Yield (tag, value) of each field; the value is a number or bytes.
 
     Readers compare whole tags, so that a number they know is unknown to them
-    when it comes with another wire type.  One-byte varints, and most are, are
-    read in line: a call for each would double the cost of a message.
+    when it comes with another wire type.  Tags of two bytes and numbers of one,
+    which most are, are read in line: a call for each would double the cost of a
+    message.
     """
     position, end = 0, len(data)
     try:
         while position < end:
             tag = data[position]
             position += 1
-            if not 7 < tag < 128:
+            if tag > 127 and 0 < data[position] < 128:
+                tag += data[position] - 1 << 7
+                position += 1
+            elif not 7 < tag < 128:
                 tag, position = read_tag(data, position - 1)
             if tag & 5:                         # neither VARINT nor LENGTH_DELIMITED
                 position = skip_field(data, position, tag)
@@ -2017,9 +2030,12 @@ class LengthFraming:
 # Uses: Constants, Refusals, Frames and addresses.
 
 WEBSOCKET_GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455 1.3
-TOKEN = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110 5.6.2
-FIELD_VALUE = re.compile(rb"[\t\x20-\x7e\x80-\xff]*")  # RFC 9110 5.5
+#: Header lines: tokens and field values (RFC 9110 5.6.2 and 5.5).
+FIELD_LINES = re.compile(
+    rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*\r\n)*")
+NONCE = re.compile(r"[A-Za-z0-9+/]{22}==")  # 16 bytes in base64 (RFC 6455 4.1)
 BINARY, TEXT, CONTINUATION, CLOSE, PING, PONG = 2, 1, 0, 8, 9, 10
+WHOLE_BINARY = 0x80 | BINARY  # the first byte of a message in one frame
 
 #: Unmasking adds one of these to a quarter of the payload; made when first
 #: needed.
@@ -2175,20 +2191,18 @@ def parse_request_head(data):
         if len(data) >= MAX_HTTP_HEAD_BYTES:
             raise Refused(Refusal.TOO_LARGE, "an HTTP request head")
         return None
-    first, *lines = bytes(data[:end]).split(b"\r\n")
-    words = first.split(b" ")
-    if len(words) != 3 or words[2] not in (b"HTTP/1.1", b"HTTP/1.0"):
+    first, _, lines = bytes(data[:end + 2]).partition(b"\r\n")
+    words = first.decode("latin-1").split(" ")
+    if len(words) != 3 or words[2] not in ("HTTP/1.1", "HTTP/1.0"):
         raise Refused(Refusal.BAD_HTTP, "not a request line")
+    if not FIELD_LINES.fullmatch(lines):
+        raise Refused(Refusal.BAD_HTTP, "not a header line")
     headers = {}
-    for line in lines:
-        name, colon, value = line.partition(b":")
-        if not (colon and TOKEN.fullmatch(name) and FIELD_VALUE.fullmatch(value)):
-            raise Refused(Refusal.BAD_HTTP, "not a header line")
-        name = name.decode("ascii").lower()
-        value = value.strip(b" \t").decode("latin-1")
+    for line in lines.decode("latin-1").split("\r\n")[:-1]:
+        name, _, value = line.partition(":")
+        name, value = name.lower(), value.strip(" \t")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
-    path = words[1].decode("latin-1")
-    return HttpRequest(words[0].decode("latin-1"), path, headers), end + 4
+    return HttpRequest(words[0], words[1], headers), end + 4
 
 
 def http_response(status, text="", *fields, kind="text/plain"):
@@ -2216,14 +2230,10 @@ def answer_handshake(request):
     if headers.get("sec-websocket-version", "").strip() != "13":
         version = "Sec-WebSocket-Version: 13"
         return http_response("426 Upgrade Required", "version 13 only", version), False
-    key = headers.get("sec-websocket-key", "").encode("latin-1")
-    try:
-        valid = len(base64.b64decode(key, validate=True)) == 16
-    except binascii.Error:
-        valid = False
-    if not valid:
+    key = headers.get("sec-websocket-key", "")
+    if not NONCE.fullmatch(key):
         return http_response("400 Bad Request", "bad Sec-WebSocket-Key"), False
-    digest = base64.b64encode(hashlib.sha1(key + WEBSOCKET_GUID).digest())
+    digest = base64.b64encode(hashlib.sha1(key.encode() + WEBSOCKET_GUID).digest())
     head = (b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\n"
             b"Connection: Upgrade\r\nSec-WebSocket-Accept: ")
     return head + digest + b"\r\n\r\n", True
@@ -2452,6 +2462,10 @@ class Translator:
     def translate(self, data):
         """Bytes for the reader; `Refused` for what RFC 6455 or our limits
         forbid, and with it, as `passed`, what came before that."""
+        if data and self.is_between_messages():
+            message = self.whole_message(data)
+            if message is not None:
+                return message
         if self.rest:
             data, self.rest = self.rest + bytes(data), b""
         out = []
@@ -2461,6 +2475,10 @@ class Translator:
             refused.passed = b"".join(out)
             raise
         return b"".join(out)
+
+    def is_between_messages(self):
+        """Whether nothing has begun that is not complete."""
+        return not (self.rest or self.left or self.more or self.control)
 
     def insert(self, frame):
         """Put a control frame into the stream: what can be sent of it now."""
@@ -2483,6 +2501,15 @@ class FrameTranslator(Translator):
     messages."""
 
     __slots__ = ()
+
+    def whole_message(self, data):
+        """The message that `data` are, whole and alone, as in a quick exchange
+        nearly all are; None if they are something else."""
+        start = (data[0] & 3) + 1
+        size = int.from_bytes(data[:start], "little") >> 2
+        if start + size != len(data):
+            return None
+        return websocket_header(size) + data[start:]
 
     def translate_into(self, out, data):
         """Append what the reader gets; `Refused` above MAX_MESSAGE_BYTES."""
@@ -2530,6 +2557,19 @@ class WebSocketTranslator(Translator):
         self.size = 0  # of the open message, as far as its headers have told
         self.collecting = False  # whether the open message waits for its end
         self.collected = bytearray()
+
+    def is_between_messages(self):
+        """Whether nothing has begun that is not complete, or ended."""
+        return (self.opcode is None and not self.closed
+                and super().is_between_messages())
+
+    def whole_message(self, data):
+        """The same of a binary message in one frame."""
+        header = data[0] == WHOLE_BINARY and parse_frame_header(data, 0, False)
+        if not header or header.end + header.size != len(data):
+            return None
+        wrap = websocket_header if self.to_websocket else frame_header
+        return wrap(header.size) + unmask(data[header.end:], header.mask)
 
     def translate_into(self, out, data):
         """Append what the reader gets of frames as they come."""
@@ -3032,10 +3072,6 @@ class SecureChannel:
         return seal(payload, self.sent.to_bytes(24, "little"), self.key)
 
 
-class KeyTrouble(Exception):
-    """A key that cannot be used; the text tells the operator what to do."""
-
-
 def key_from_setting(text):
     """The `ServerKey` that a -k value other than "", "-" and "_" stands for.
 
@@ -3049,7 +3085,7 @@ def key_from_setting(text):
     try:
         check_secret(secret)
     except ValueError as error:
-        raise KeyTrouble(
+        raise Trouble(
             f"the secret key given by -k or KEY is damaged: {error}; "
             "take it again from where it was kept") from None
     return ServerKey(secret, encode_base64(secret[32:]))
@@ -3067,10 +3103,10 @@ def read_key_file(directory):
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise KeyTrouble(f"cannot read {path}: {error.strerror}; it must be readable "
+        raise Trouble(f"cannot read {path}: {error.strerror}; it must be readable "
                          "by the user that runs this server") from None
     except ValueError as error:
-        raise KeyTrouble(f"{path} holds no usable key: {error}; put the right file "
+        raise Trouble(f"{path} holds no usable key: {error}; put the right file "
                          "back, or move it away for a new key (then every client "
                          "needs the new key)") from None
     return secret
@@ -3137,7 +3173,7 @@ def read_ticket_secret(path):
     """The secret that an ID server shares with its relays; b"" without a
     file.
 
-    KeyTrouble if the file holds none.
+    Trouble if the file holds none.
     """
     if not path:
         return b""
@@ -3145,10 +3181,10 @@ def read_ticket_secret(path):
         with open(path, "rb") as file:
             secret = file.read(4096).strip()
     except OSError as error:
-        raise KeyTrouble(f"cannot read {path} (--relay-secret): {error.strerror}"
+        raise Trouble(f"cannot read {path} (--relay-secret): {error.strerror}"
                          ) from None
     if len(secret) < 16:
-        raise KeyTrouble(f"{path} (--relay-secret) must hold a secret of 16 characters "
+        raise Trouble(f"{path} (--relay-secret) must hold a secret of 16 characters "
                          "or more, the same at the ID server and at its relays; "
                          f"make one: head -c 32 /dev/urandom | base64 > {path}")
     return secret
@@ -3166,7 +3202,7 @@ def create_key_files(directory, random_bytes):
     try:
         created = write_new_file(path, encode_base64(secret).encode(), 0o600)
     except OSError as error:
-        raise KeyTrouble(f"cannot create {path}: {error.strerror}; start in a "
+        raise Trouble(f"cannot create {path}: {error.strerror}; start in a "
                          "directory where this user may write") from None
     return secret if created else read_key_file(directory)
 
@@ -3219,14 +3255,14 @@ def load_key_files(directory, random_bytes):
     """Load the key pair of `directory`, or make one for a new server.
 
     Returns (secret, warnings); without `random_bytes` nothing is made, and
-    secret may be None.  KeyTrouble when it cannot be used, or when peers are
+    secret may be None.  Trouble when it cannot be used, or when peers are
     known here but the key that they trust is gone.
     """
     secret = read_key_file(directory)
     if secret is None:
         orphan = find_orphaned_store(directory)
         if orphan:
-            raise KeyTrouble(
+            raise Trouble(
                 f"{orphan} is here but {KEY_FILE} is not: clients trust this server "
                 f"by that key.  Put {KEY_FILE} back from your backup.  If it is lost "
                 f"for good, move {orphan} away: a new key is made, and every client "
@@ -3245,7 +3281,7 @@ def load_key_files(directory, random_bytes):
 def plant_key(directory, private, public):
     """Write a key that came as a setting into files that don't exist yet.
 
-    KeyTrouble if it is none.  Another key that is there already stays.
+    Trouble if it is none.  Another key that is there already stays.
     """
     if not private or os.path.exists(os.path.join(directory, KEY_FILE)):
         return
@@ -3257,9 +3293,9 @@ def plant_key(directory, private, public):
         path = os.path.join(directory, KEY_FILE)
         write_new_file(path, encode_base64(secret).encode(), 0o600)
     except ValueError as error:
-        raise KeyTrouble(f"KEY_PRIV is no usable key: {error}") from None
+        raise Trouble(f"KEY_PRIV is no usable key: {error}") from None
     except OSError as error:
-        raise KeyTrouble(f"cannot write the key of KEY_PRIV: {error}") from None
+        raise Trouble(f"cannot write the key of KEY_PRIV: {error}") from None
 
 
 def load_server_key(setting, is_relay, directory, random_bytes):
@@ -3291,12 +3327,7 @@ def load_server_key(setting, is_relay, directory, random_bytes):
 # flags.  A wrong value is refused with the setting, the value, where it stands
 # and what is right.
 #
-# Uses: Constants, Frames and addresses, Keys.
-
-
-class ConfigTrouble(Exception):
-    """A setting that cannot be used; the text tells the operator what to
-    do."""
+# Uses: Constants, Refusals, Frames and addresses, Keys.
 
 
 class Setting(collections.namedtuple(
@@ -3693,7 +3724,7 @@ def read_config_text(text, origin):
 
 
 def read_config_file(path, required):
-    """The entries of a configuration file; ConfigTrouble if it can't be
+    """The entries of a configuration file; Trouble if it can't be
     read."""
     try:
         with open(path, encoding="utf-8-sig") as file:
@@ -3701,11 +3732,11 @@ def read_config_file(path, required):
     except FileNotFoundError:
         if not required:
             return []
-        raise ConfigTrouble(f"there is no file {path}, which -c names") from None
+        raise Trouble(f"there is no file {path}, which -c names") from None
     except OSError as error:
-        raise ConfigTrouble(f"cannot read {path}: {error.strerror}") from None
+        raise Trouble(f"cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise ConfigTrouble(f"cannot read {path}: it is no UTF-8 text") from None
+        raise Trouble(f"cannot read {path}: it is no UTF-8 text") from None
 
 
 class Config:
@@ -3724,7 +3755,7 @@ class Config:
             self.warnings.append(text)
 
     def apply(self, name, text, origin, strict):
-        """Take a value; ConfigTrouble if it is wrong, a warning if it is
+        """Take a value; Trouble if it is wrong, a warning if it is
         unknown."""
         row = SETTINGS.get(canonical_name(name))
         if row is None:
@@ -3739,7 +3770,7 @@ class Config:
         try:
             value = row.parse(text)
         except ValueError as error:
-            raise ConfigTrouble(f"{row.name} = {text!r} ({origin}): {error}") from None
+            raise Trouble(f"{row.name} = {text!r} ({origin}): {error}") from None
         if row.parse is parse_limits:  # each place adds to those before
             value = getattr(self, row.attribute) + value
         setattr(self, row.attribute, value)
@@ -3751,7 +3782,7 @@ def load_config(role, flags, environment, directory, changes=None):
     was changed at run time, in turn.
 
     `flags` maps names to texts, `environment` is the process's; `role` is
-    "hbbs", "hbbr" or "both".  ConfigTrouble with a sentence for the operator.
+    "hbbs", "hbbr" or "both".  Trouble with a sentence for the operator.
     """
     config = Config()
     for name, text in environment.items():
@@ -3941,7 +3972,7 @@ class Limits:
         self.take(config)
 
     def take(self, config):
-        """Let the limits of a configuration be in force; ConfigTrouble if it
+        """Let the limits of a configuration be in force; Trouble if it
         has one that is none."""
         numbers = {attribute: row.default for attribute, row in LIMITS.items()}
         for name, number in config.limit:
@@ -3949,7 +3980,7 @@ class Limits:
             if row is None or row.fixed:
                 why = "there is no such limit" if row is None else "it is fixed"
                 where = config.origins.get("limit", "asked for just now")
-                raise ConfigTrouble(f"limit = {name}={number} ({where}): {why}; the "
+                raise Trouble(f"limit = {name}={number} ({where}): {why}; the "
                                     "subcommand `limits` lists them")
             numbers[canonical_name(name)] = number
         numbers["connections"] = min(numbers["connections"], self.descriptors)
@@ -4052,12 +4083,14 @@ class Crowd:
     `waiting_rooms` are the tables that hold the strangers, oldest first.
     """
 
-    __slots__ = ("limits", "waiting_rooms", "links", "links_at", "strangers_at")
+    __slots__ = ("limits", "waiting_rooms", "links", "strangers", "links_at",
+                 "strangers_at")
 
     def __init__(self, limits, waiting_rooms):
         self.limits = limits
         self.waiting_rooms = waiting_rooms
         self.links = set()
+        self.strangers = 0
         self.links_at = Tally()
         self.strangers_at = Tally()
 
@@ -4067,7 +4100,7 @@ class Crowd:
         limits = self.limits
         if len(self.links) >= limits.connections:
             return Refusal.TOO_MANY_CONNECTIONS, self.oldest()
-        if sum(map(len, self.waiting_rooms)) >= limits.strangers:
+        if self.strangers >= limits.strangers:
             return Refusal.TOO_MANY_STRANGERS, self.oldest()
         if self.links_at.get(place, 0) >= limits.connections_per_address:
             return Refusal.TOO_MANY_CONNECTIONS, self.oldest_at(place)
@@ -4089,21 +4122,26 @@ class Crowd:
                    default=(0.0, None))[1]
 
     def enter(self, link):
-        """A stranger has come."""
+        """A connection has come, which nearly always is a stranger's."""
         self.links.add(link)
-        self.links_at.add(link.place)
-        self.strangers_at.add(link.place)
+        self.strangers += link.is_stranger
+        if link.place is not None:
+            self.links_at.add(link.place)
+            if link.is_stranger:
+                self.strangers_at.add(link.place)
 
     def leave(self, link):
         """A connection has ended, or is at another place from now on."""
         self.links.discard(link)
         self.links_at.remove(link.place)
         if link.is_stranger:
+            self.strangers -= 1
             self.strangers_at.remove(link.place)
 
     def know(self, link):
         """A connection is no stranger any more."""
         link.is_stranger = False
+        self.strangers -= 1
         self.strangers_at.remove(link.place)
 
 
@@ -4262,6 +4300,14 @@ class Cap:
         self.credit = min(most, self.credit - size + passed * self.rate)
         self.filled = now
         return max(0, int(self.credit))
+
+
+def cap_of(megabits, now):
+    """The `Cap` that a setting asks for; None without one, or where it never
+    holds anybody up."""
+    if megabits is None or megabits >= UNREACHABLE_MEGABITS:
+        return None
+    return Cap(megabits, now)
 
 
 # == 10. Peer store ============================================================
@@ -4632,15 +4678,11 @@ class Compaction:
                 pass  # it is written over by the next compaction
 
 
-class DirectoryInUse(Exception):
-    """Another server runs in the state directory; the text says which."""
-
-
 def lock_directory(directory, role):
     """Keep a second server of a role out of a state directory.
 
     Returns the open lock files, which hold while they are open.  An ID server
-    and a relay go side by side.  Raises DirectoryInUse.
+    and a relay go side by side.  Raises Trouble.
     """
     names = ("hbbs", "hbbr") if role == "both" else (role,)
     return [lock_role(directory, name) for name in names]
@@ -4662,7 +4704,7 @@ def lock_role(directory, name):
         file.seek(0)
         holder = file.read(20).strip()
         file.close()
-        raise DirectoryInUse(
+        raise Trouble(
             f"another {name} runs in {os.path.abspath(directory)}: pid {holder}; stop "
             "it first, or use another directory") from None
     except OSError:
@@ -4958,7 +5000,8 @@ Report = collections.namedtuple("Report", "word text peer_id", defaults=("",))
 Arrange = collections.namedtuple("Arrange", "session_uuid peer_id needs_key")
 #: Let the flows of a session move bytes again.
 Resume = collections.namedtuple("Resume", "session")
-#: Tell the command of `--on-event`, if there is one.
+#: Tell the command of `--on-event`, if there is one; `text` may be anything that
+#: has a text.
 Event = collections.namedtuple("Event", "name peer_id text")
 #: Count what was let pass though it could have been refused, and log it.
 Tolerate = collections.namedtuple("Tolerate", "refusal text peer_id", defaults=("",))
@@ -5325,7 +5368,7 @@ class Rendezvous:
         is known."""
         if known.device_uuid != request.uuid:
             return Result.UUID_MISMATCH, Refusal.DEVICE_MISMATCH
-        if known is not None and known.public_key != request.pk and (
+        if known.public_key != request.pk and (
                 known.ip != ip or known.device_uuid == known.public_key):
             # A phone's uuid is its public key, which every initiator learns:
             # it proves nothing.  This answer, unlike UUID_MISMATCH, costs no
@@ -6212,8 +6255,10 @@ class Rendezvous:
 # Actions.
 
 
-#: More bytes than any session will carry.
+#: More bytes than any session will carry, and more seconds.
 UNLIMITED = 1 << 62
+#: Kinds of connections whose bytes are no messages, once they are established.
+TUNNELS = (ConnType.PORT_FORWARD, ConnType.RDP)
 
 
 class Flow:
@@ -6278,6 +6323,10 @@ class Session:
         self.slowed = False
         self.rate = self.highest = 0.0  # kb/s in the last second, and at most
 
+    def __str__(self):
+        return (f"session {self.number} of {self.first.address} and "
+                f"{self.second.address}")
+
     def settle(self):
         """Count what the flows have moved."""
         there, back = self.flows
@@ -6320,8 +6369,8 @@ class Session:
             flow.starved or flow.allowance != flow.granted for flow in self.flows)
 
     def measure(self, now):
-        """Once a second: the rate since the last time, and whether anything
-        moved."""
+        """Once a second: count, and the rate since the last time."""
+        self.settle()
         passed = now - self.ticked
         moved = self.carried - self.ticked_bytes
         self.ticked, self.ticked_bytes = now, self.carried
@@ -6354,7 +6403,7 @@ class Relay:
         self.slowed = slowed  # addresses of blacklist.txt
         self.refused = refused  # addresses of blocklist.txt
         self.asks_tickets = config.relay_tickets == "on"
-        self.total = None  # the `Cap` of all sessions together, if there is one
+        self.total = cap_of(config.total_bandwidth, now)  # of all sessions together
         self.tickets = limits.table("ticket_seconds")  # session_uuid -> Ticket
         # Those that ask for the key are a stranger's to make, so they have a
         # table of their own to fill.
@@ -6366,7 +6415,6 @@ class Relay:
         self.numbers = itertools.count(1)
         self.rounds = 0  # of sharing bandwidth
         self.carried = 0  # bytes of sessions that have ended
-        self.set_total(now)
 
     def admits_address(self, address):
         """Whether links from this address are served at all."""
@@ -6385,7 +6433,7 @@ class Relay:
         if refusal is not None:
             yield from self.turn_away(link, refusal)
             return
-        ticket = self.ticket(request.uuid)
+        ticket = self.ticket(request.uuid) if self.asks_tickets else None
         if ticket is None and self.asks_tickets:
             yield from self.wait_for_ticket(link, now)
         else:
@@ -6538,22 +6586,18 @@ class Relay:
         named = ticket.peer_id if ticket else requests[0].id or requests[1].id
         session = self.open_session(named, first, second, now)
         first.errand = second.errand = session
-        kinds = {request.conn_type for request in requests}
-        if (first.is_websocket != second.is_websocket
-                and kinds & {ConnType.PORT_FORWARD, ConnType.RDP}):
+        if first.is_websocket != second.is_websocket and any(
+                request.conn_type in TUNNELS for request in requests):
             text = f"{first.address} and {second.address}: WebSocket at one end only"
             yield Report("tunnel-will-break", text)
-        yield Event("session-start", session.peer_id,
-                    f"session {session.number} of {first.address} and {second.address}")
+        yield Event("session-start", session.peer_id, session)
         yield Pair(session)
 
     def open_session(self, peer_id, first, second, now):
         """A session of two links, with the bandwidth that it may have."""
         slowed = first.address.ip in self.slowed or second.address.ip in self.slowed
-        megabits = self.config.single_bandwidth
-        if slowed:
-            megabits = self.config.limit_speed
-        cap = Cap(megabits, now) if megabits else None
+        config = self.config
+        cap = cap_of(config.limit_speed if slowed else config.single_bandwidth, now)
         session = Session(next(self.numbers), peer_id, first, second, cap,
                           cap is not None or self.total is not None, now)
         session.slowed = slowed
@@ -6570,9 +6614,8 @@ class Relay:
             self.sessions_at.remove(place)
         session.settle()
         self.carried += session.carried
-        seconds, first, second = now - session.started, session.first, session.second
-        text = (f"session {session.number} of {first.address} and {second.address} "
-                f"after {seconds:.1f} s, {session.carried / 1e6:.2f} MB")
+        text = (f"{session} after {now - session.started:.1f} s, "
+                f"{session.carried / 1e6:.2f} MB")
         yield Report(word, text, session.peer_id)
         yield Event("session-end", session.peer_id, f"{word}: {text}")
 
@@ -6604,39 +6647,39 @@ class Relay:
             yield from self.turn_away(link, Refusal.LONELY, (
                 f": it is {came}, and {missing} did not come in "
                 f"{self.waiting.seconds:.0f} s; is its path to this port open?"))
+        idle_limit = self.config.idle_limit or UNLIMITED
         for session in list(self.sessions.values()):
-            session.settle()
             session.measure(now)
-            if not self.is_capped(session) and session.release():
-                yield Resume(session)
-            yield from self.review(session, now)
+            if session.cap is not None and not session.slowed:
+                yield from self.review(session, now)
+            if now - session.active > idle_limit:
+                yield from self.on_session_ended(session, "idle", now)
+                yield Close(session.first)
 
     def review(self, session, now):
-        """Downgrade a session that carries too much, end one that carries
-        nothing."""
+        """Downgrade a session that has carried too much for too long."""
         config, age = self.config, now - session.started
-        if (session.cap is not None and not session.slowed
-                and age > config.downgrade_start_check
-                and session.carried / age
+        if (age > config.downgrade_start_check and session.carried / age
                 > session.cap.rate * config.downgrade_threshold):
-            session.slowed, session.cap = True, Cap(config.limit_speed, now)
+            session.slowed, session.cap = True, cap_of(config.limit_speed, now)
             for flow in session.flows:
                 flow.limit()
+            if not self.is_capped(session) and session.release():
+                yield Resume(session)
             yield Report("downgraded", f"session {session.number} after {age:.0f} s")
-        if config.idle_limit and now - session.active > config.idle_limit:
-            yield from self.on_session_ended(session, "idle", now)
-            yield Close(session.first)
 
     # -- bandwidth -------------------------------------------------------------
 
     def set_total(self, now):
         """Take the cap of all sessions from the configuration."""
-        megabits, had_total = self.config.total_bandwidth, self.total is not None
-        self.total = Cap(megabits, now) if megabits else None
-        for session in self.sessions.values() if self.total and not had_total else ():
-            if session.cap is None:
+        had_total = self.total is not None
+        self.total = cap_of(self.config.total_bandwidth, now)
+        for session in self.sessions.values():
+            if session.cap is None and self.total and not had_total:
                 for flow in session.flows:
                     flow.limit()
+            elif session.cap is None and not self.total and session.release():
+                yield Resume(session)
 
     def total_carried(self):
         """The bytes of all sessions since the start."""
@@ -6924,6 +6967,65 @@ def list_or_member(addresses, words):
     return "".join(f"{ip}\n" for ip in sorted(addresses))
 
 
+# -- facts ---------------------------------------------------------------------
+#
+# What the status page, `/status.json`, `/metrics` and the tables of `peers`,
+# `sessions` and `relay-servers` tell.  `now` and `wall` are the same moment, by our
+# clock and as Unix time.
+
+
+def peer_facts(rendezvous, peer, now, wall):
+    """A known peer: its route while it has one, else where it was."""
+    facts = {"id": peer.peer_id, "state": peer.state or "offline", "address": peer.ip,
+             "transport": "", "seen": peer.seen, "version": ""}
+    registration = rendezvous.registrations.get(peer.peer_id)
+    if registration is not None:
+        facts.update(address=str(registration.address), version=registration.version,
+                     transport=registration.transport,
+                     seen=round(wall - (now - registration.seen)))
+        if registration.is_online(now) and not peer.state:
+            facts["state"] = "online"
+    return facts
+
+
+def all_peer_facts(rendezvous, now, wall):
+    """Yield the facts of those who are online, of who waits for approval, and of
+    all others."""
+    known = rendezvous.store.peers
+    for peer_id, registration in rendezvous.registrations.items():
+        if registration.is_online(now) and peer_id in known:
+            yield peer_facts(rendezvous, known[peer_id], now, wall)
+    for _, peer in rendezvous.applicants.entries.values():
+        yield {"id": peer.peer_id, "state": "waits for approval", "address": peer.ip,
+               "transport": "", "seen": 0, "version": ""}
+    for peer in known.values():
+        if rendezvous.online(peer.peer_id, now) is None:
+            yield peer_facts(rendezvous, peer, now, wall)
+
+
+def session_facts(session, now):
+    """A relayed session: who, for how long, and how much."""
+    return {"number": session.number, "peer": session.peer_id,
+            "first": str(session.first.address), "second": str(session.second.address),
+            "seconds": round(now - session.started), "bytes": session.carried,
+            "bits_per_second": round(session.rate * 1000)}
+
+
+def relay_facts(relays):
+    """The relays that clients are sent to, for whom, and whether they answer."""
+    return [{"name": name, "state": "answers" if name in relays.healthy else "silent",
+             "for": ", ".join(str(entry.network) for entry in relays.entries
+                              if entry.name == name and entry.network)}
+            for name in relays.names]
+
+
+def ago(seen, wall):
+    """How long ago something was, "" if it never was."""
+    return f"{lasted(max(0, wall - seen))} ago" if seen else ""
+
+
+# -- metrics -------------------------------------------------------------------
+
 #: What `/metrics` tells: name, kind, help, and where it stands in a snapshot.
 METRICS = (
     ("rustdesk_up_seconds", "gauge", "Time since the start.", "uptime_seconds"),
@@ -6947,8 +7049,9 @@ def metrics_text(snapshot):
               for word, count in sorted(snapshot["outcomes"].items())]
     name = "rustdesk_relay_up"
     lines += metric_head(name, "gauge", "Whether a relay of the list answers.")
-    lines += [f'{name}{{relay="{relay["name"]}"}} {int(relay["state"] == "answers")}'
-              for relay in snapshot["relays"]]
+    for relay in snapshot["relays"]:
+        label = relay["name"].replace("\\", r"\\").replace('"', r'\"')
+        lines.append(f'{name}{{relay="{label}"}} {int(relay["state"] == "answers")}')
     name = "rustdesk_info"
     lines += metric_head(name, "gauge", "The version that runs.")
     lines.append(f'{name}{{version="{snapshot["version"]}"}} 1')
@@ -7465,7 +7568,7 @@ def lasted(seconds):
     for unit, size in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
         count, rest = divmod(rest, size)
         if count or parts or unit == "s":
-            parts.append(f"{count}\xa0{unit}")
+            parts.append(f"{count} {unit}")
     return " ".join(parts[:2])
 
 
@@ -7591,7 +7694,7 @@ def page_peers(snapshot):
     shown = snapshot["peers"][:PAGE_PEERS]
     known = max(snapshot["peers_known"], len(snapshot["peers"]))
     body = page_table(("Peer", "State", "Address", "Last seen", "Client"),
-                      map(peer_cells, shown))
+                      [peer_cells(peer, snapshot["time"]) for peer in shown])
     if not shown:
         body = page_none("No peer has registered yet.")
     body += page_more(known - len(shown), "peers")
@@ -7599,13 +7702,13 @@ def page_peers(snapshot):
     return page_card("Peers", aside, body, "peers")
 
 
-def peer_cells(peer):
-    """A peer as a row of the table."""
+def peer_cells(peer, wall):
+    """A peer as a row of the page's table."""
     tone = PEER_TONES.get(peer["state"], "quiet")
     return [escape(peer["id"]),
             f'<span class="dot {tone}">{escape(peer["state"])}</span>',
             f"{escape(peer['address'])}<small>{escape(peer['transport'])}</small>",
-            escape(peer["seen"]), escape(peer["version"])]
+            ago(peer["seen"], wall), escape(peer["version"])]
 
 
 def page_setup(snapshot):
@@ -7749,10 +7852,6 @@ class Timers:
         heapq.heappush(self.heap, (when, next(self.numbers), timer))
         return timer
 
-    def next_delay(self, now):
-        """Seconds until something is due; None if nothing is."""
-        return max(0.0, self.heap[0][0] - now) if self.heap else None
-
     def due(self, now):
         """What is due, one action after the other; not what they add
         meanwhile."""
@@ -7797,18 +7896,24 @@ class Loop:
         return self.timers.at(self.now + seconds, action)
 
     def run(self):
-        """Turn until `stop`."""
+        """Turn until `stop`.
+
+        With few connections a turn serves one event, so what is called for every
+        turn is kept short.
+        """
+        select, clock, heap = self.selector.select, time.monotonic, self.timers.heap
         self.running = True
         while self.running:
-            ready = self.selector.select(self.timers.next_delay(time.monotonic()))
-            self.now = time.monotonic()
+            ready = select(heap[0][0] - clock() if heap else None)
+            self.now = clock()
             for key, events in ready:
                 try:
                     key.data(events)
                 except Exception as error:  # ours, not the other side's: see on_fault
                     self.on_fault(key.data, error)
-            for action in self.timers.due(self.now):
-                self.attempt(action)
+            if heap and heap[0][0] <= self.now:
+                for action in self.timers.due(self.now):
+                    self.attempt(action)
             self.attempt(self.on_turn)
 
     def attempt(self, action):
@@ -7893,6 +7998,10 @@ BUFFER = bytearray(PIPE_BUFFER_BYTES)
 BUFFER_VIEW = memoryview(BUFFER)
 #: What one read takes before a connection is paired.
 RECEIVE_BYTES = 16 * 1024
+#: Said with every call to a connection's socket, which so need not be told once
+#: for all, by a system call more.  Windows has no such flag.
+DONT_WAIT = int(getattr(socket, "MSG_DONTWAIT", 0))
+PEEK = int(socket.MSG_PEEK) | DONT_WAIT
 #: Python names it from 3.14 on; the number is Linux's.
 IP_PKTINFO = getattr(socket, "IP_PKTINFO", 8)
 #: How soon bytes that were too few are looked at again, at first; then half as
@@ -7931,6 +8040,17 @@ class State(enum.Enum):
     CLOSED = "closed"  # no socket any more
 
 
+class ListeningSocket(socket.socket):
+    """A socket that knows its family and type by heart: `accept` asks for them each
+    time, and to make enumerations of them takes longer than to accept."""
+
+    family = type = None
+
+    def __init__(self, family, kind):
+        super().__init__(family, kind)
+        self.family, self.type = family, kind
+
+
 class StreamListener:
     """A listening TCP socket."""
 
@@ -7957,7 +8077,8 @@ class StreamListener:
             address = address_of(sockaddr)
             place = self.server.limits.place(address.ip)
             if self.server.admits(self.listener, address, place):
-                sock.setblocking(False)
+                if not DONT_WAIT:
+                    sock.setblocking(False)
                 Connection(self.server, sock, address, place, self)
             else:
                 sock.close()
@@ -8167,7 +8288,7 @@ class TlsSocket:
             return WRITE
         return 0
 
-    def recv_into(self, buffer, size):
+    def recv_into(self, buffer, size, flags=0):
         """Fill a buffer as far as there is something; 0 at the end."""
         view, got = memoryview(buffer), 0
         while got < size:
@@ -8188,12 +8309,12 @@ class TlsSocket:
             self.on_more()
         return got
 
-    def recv(self, size):
+    def recv(self, size, flags=0):
         """What has come, up to `size` bytes."""
         got = self.recv_into(BUFFER, size)
         return bytes(BUFFER_VIEW[:got])
 
-    def send(self, data):
+    def send(self, data, flags=0):
         """Send what the socket takes; the number of bytes."""
         view, sent = memoryview(data), 0
         while sent < len(view):
@@ -8297,7 +8418,8 @@ class Connection(Link):
 
     def attach(self, reader, writer):
         """From now on a session's pipes read and write for this connection."""
-        self.be_patient(None)
+        if self.patience is not None:
+            self.be_patient(None)
         if self.held:
             self.account(0)
         self.become(State.PAIRED, reader)
@@ -8311,7 +8433,7 @@ class Connection(Link):
         if self.state is not State.WAITING:
             return False
         try:
-            return self.tls or self.socket.recv(1, socket.MSG_PEEK) != b""
+            return self.tls or self.socket.recv(1, PEEK) != b""
         except BlockingIOError:
             return True
         except OSError:
@@ -8327,7 +8449,7 @@ class Connection(Link):
         """What has come: bytes, b"" at the end, None when there was
         nothing."""
         try:
-            return self.socket.recv(RECEIVE_BYTES)
+            return self.socket.recv(RECEIVE_BYTES, DONT_WAIT)
         except (BlockingIOError, InterruptedError):
             return None
         except OSError:
@@ -8378,7 +8500,7 @@ class Connection(Link):
         It is only looked at: TLS has to read its own first bytes.
         """
         try:
-            data = self.socket.recv(RECEIVE_BYTES, socket.MSG_PEEK)
+            data = self.socket.recv(RECEIVE_BYTES, PEEK)
         except OSError:
             return False
         if self.trusted and data and self.on_proxy_bytes(data):
@@ -8411,7 +8533,7 @@ class Connection(Link):
         if kind is not False and found is None:
             self.look_again()
         elif kind:
-            self.socket.recv(found[1])
+            self.socket.recv(found[1], DONT_WAIT)
             self.proxied = True
             if found[0] is not None:
                 self.trusted = self.server.trusts(found[0].ip)
@@ -8433,6 +8555,7 @@ class Connection(Link):
         """Shake hands, then begin again with what is inside."""
         self.watch(0)
         try:
+            self.socket.setblocking(False)
             self.socket = self.server.tls.wrap(self.socket)
         except OSError:  # it ended in this very moment
             self.close()
@@ -8766,7 +8889,7 @@ class Connection(Link):
             return
         if not self.unsent:
             try:
-                data = data[self.socket.send(data):]
+                data = data[self.socket.send(data, DONT_WAIT):]
             except (BlockingIOError, InterruptedError):
                 pass
             except OSError:
@@ -8881,7 +9004,7 @@ class Pipe:
         """Move what has come."""
         flow = self.flow
         try:
-            size = self.receive(BUFFER, flow.window)
+            size = self.receive(BUFFER, flow.window, DONT_WAIT)
         except BlockingIOError:
             return
         except OSError:
@@ -8892,7 +9015,7 @@ class Pipe:
             return
         flow.allowance -= size
         try:
-            sent = self.send(BUFFER_VIEW[:size])
+            sent = self.send(BUFFER_VIEW[:size], DONT_WAIT)
         except BlockingIOError:
             sent = 0
         except OSError:
@@ -8913,7 +9036,7 @@ class Pipe:
             self.hold(data)
             return
         try:
-            sent = self.send(data)
+            sent = self.send(data, DONT_WAIT)
         except BlockingIOError:
             sent = 0
         except OSError:
@@ -8945,7 +9068,7 @@ class Pipe:
         """The sink takes more; when it has everything the source is read
         again."""
         try:
-            sent = self.send(self.unsent)
+            sent = self.send(self.unsent, DONT_WAIT)
         except BlockingIOError:
             return
         except OSError:
@@ -9014,7 +9137,8 @@ class Translation(Pipe):
         """Translate what has come and pass it on."""
         flow = self.flow
         try:
-            size = self.receive(BUFFER, min(flow.window, TRANSLATION_BYTES))
+            size = self.receive(
+                BUFFER, min(flow.window, TRANSLATION_BYTES), DONT_WAIT)
         except BlockingIOError:
             return
         except OSError:
@@ -9079,7 +9203,7 @@ class Translation(Pipe):
             self.said_goodbye = True
             if self.translator.to_websocket and not self.translator.left:
                 try:
-                    self.send(close_frame())
+                    self.send(close_frame(), DONT_WAIT)
                 except OSError:
                     pass  # it ends without
 
@@ -9288,11 +9412,16 @@ class Announcer:
         """No connection: say so once, and try again in a while."""
         if why != self.trouble:
             self.trouble = why
-            self.server.log.warn(f"relay {self.name} gets no tickets, so it refuses "
-                                 f"sessions: {why}")
+            self.server.log.warn(self.complaint)
         self.close()
         if self.is_wanted():
             self.server.loop.later(RELAY_CHECK_SECONDS, self.again)
+
+    @property
+    def complaint(self):
+        """What the trouble means."""
+        return (f"relay {self.name} gets no tickets, so it refuses sessions: "
+                f"{self.trouble}")
 
     def is_wanted(self):
         """Whether the relay is in the list still."""
@@ -9367,8 +9496,9 @@ LIMIT_REFUSALS = frozenset(refusal for refusal in Refusal if refusal.name.starts
     ("TOO_MANY_", "TOO_FREQUENT", "NO_ROOM")))
 
 #: Outcomes that an operator should do something about.
-WARNINGS = ("gateway", "tunnel-will-break")
-
+WARNINGS = frozenset(("gateway", "tunnel-will-break"))
+#: Warnings that the status page shows.
+MAX_STANDING = 20
 
 #: Of 65,535 ports one is free with near certainty, however many are taken.
 PSEUDO_PORT_TRIES = 1000
@@ -9379,10 +9509,6 @@ ANY_ADDRESS = ("", "0.0.0.0", "::")
 def host_for_clients(bind):
     """The address that clients in this network reach us at, or ""."""
     return own_address() if bind in ANY_ADDRESS else bind
-
-
-class StartTrouble(Exception):
-    """The server cannot start; the text tells the operator what to do."""
 
 
 class Server:
@@ -9425,6 +9551,7 @@ class Server:
         self.sharing = False  # whether bandwidth is shared out just now
         self.load = None  # gives the configuration that a start would have now
         self.door = None  # the operator's
+        self.standing = []  # warnings of what only the operator can mend
         self.tls = self.load_certificate()
         self.ticks = 0
         if role != "hbbr":
@@ -9434,6 +9561,18 @@ class Server:
         self.loop.later(1.0, self.tick)
 
     # -- start -----------------------------------------------------------------
+
+    def warn(self, text):
+        """Log what stays wrong until the operator mends it, and keep it for the
+        status page."""
+        self.log.warn(text)
+        if text not in self.standing and len(self.standing) < MAX_STANDING:
+            self.standing.append(text)
+
+    def standing_warnings(self):
+        """All that is wrong now, and only the operator can mend."""
+        troubles = self.relay_watch.troubles() if self.relay_watch is not None else []
+        return [*self.config.warnings, *self.standing, *troubles]
 
     def load_key(self, is_relay):
         """The key of a role, with its warnings logged."""
@@ -9447,7 +9586,7 @@ class Server:
             wait_for_key_file(self.directory)
         key, warnings = load_server_key(text, is_relay, self.directory, os.urandom)
         for warning in warnings:
-            self.log.warn(warning)
+            self.warn(warning)
         key.accepted = self.config.accept_key
         return key
 
@@ -9459,11 +9598,11 @@ class Server:
         try:
             tls = Tls(certificate, key)
         except ImportError:
-            raise StartTrouble("--tls-cert needs Python's ssl module, which is not "
+            raise Trouble("--tls-cert needs Python's ssl module, which is not "
                                "installed here (OpenWrt: opkg install python3-openssl)"
                                ) from None
         except (OSError, ValueError) as error:
-            raise StartTrouble(f"the certificate of --tls-cert {certificate} cannot be "
+            raise Trouble(f"the certificate of --tls-cert {certificate} cannot be "
                                f"used with --tls-key {key or certificate}: {error}"
                                ) from None
         self.loop.later(CERTIFICATE_CHECK_SECONDS, self.check_certificate)
@@ -9480,16 +9619,16 @@ class Server:
         if changed:
             try:
                 self.reload_certificate()
-            except StartTrouble as trouble:
+            except Trouble as trouble:
                 self.log.error(f"{trouble}; the old one stays in force")
 
     def reload_certificate(self):
-        """Read the certificate again; StartTrouble leaves the old one in
+        """Read the certificate again; Trouble leaves the old one in
         force."""
         try:
             self.tls.reload()
         except (OSError, ValueError) as error:
-            raise StartTrouble(f"the certificate {self.tls.files[0]} or its key "
+            raise Trouble(f"the certificate {self.tls.files[0]} or its key "
                                f"{self.tls.files[1]} cannot be used: {error}") from None
         self.log.info(f"certificate {self.tls.files[0]} read again")
 
@@ -9500,7 +9639,7 @@ class Server:
         try:
             self.store.load()
         except OSError as error:
-            raise StartTrouble(f"cannot read {self.store.path}: {error.strerror}; it "
+            raise Trouble(f"cannot read {self.store.path}: {error.strerror}; it "
                                "holds the known peers") from None
         self.keeper = StoreKeeper(self, self.store)
         self.keeper.open()
@@ -9521,8 +9660,8 @@ class Server:
         if self.config.mask and not found:
             found = own_address()
             if not found:
-                self.log.warn("--mask is given, but no address of this machine in that "
-                              "network is found: name it by --local-ip")
+                self.warn("--mask is given, but no address of this machine in that "
+                          "network is found: name it by --local-ip")
         self.rendezvous.local_relay = found
 
     def create_relay(self):
@@ -9535,12 +9674,12 @@ class Server:
             self.relay, self.change_by_console, self.edit_by_console)
         self.take_handlers(self.relay)
         if self.relay.asks_tickets and self.role == "hbbr" and not self.ticket_secret:
-            raise StartTrouble("--relay-tickets on needs an ID server that announces "
+            raise Trouble("--relay-tickets on needs an ID server that announces "
                                "them: give both the same --relay-secret")
         if not self.relay.asks_tickets and not key.required:
-            self.log.warn("the relay has neither tickets nor a key: anybody who finds "
-                          "its port can send traffic through it.  --relay-tickets on, "
-                          "--relay-secret or -k closes it")
+            self.warn("the relay has neither tickets nor a key: anybody who finds its "
+                      "port can send traffic through it.  --relay-tickets on, "
+                      "--relay-secret or -k closes it")
 
     def read_addresses(self, name):
         """The addresses of one of the official lists, if there is such a
@@ -9552,7 +9691,7 @@ class Server:
         except FileNotFoundError:
             return set()
         except (OSError, UnicodeDecodeError) as error:
-            raise StartTrouble(f"cannot read {path}: {error}") from None
+            raise Trouble(f"cannot read {path}: {error}") from None
         addresses = set()
         for word in words:
             try:
@@ -9598,11 +9737,11 @@ class Server:
             try:
                 self.listen(0 if config.port == 0 else port, "status", Listener.STATUS,
                             "127.0.0.1")
-            except StartTrouble as trouble:
+            except Trouble as trouble:
                 self.log.warn(f"no status page: {trouble}; see --status-listen")
         for ip, port in places or ():
             if not config.status_token and not is_loopback(ip):
-                raise StartTrouble(
+                raise Trouble(
                     f"--status-listen {Address(ip or '0.0.0.0', port)} can be reached "
                     "from elsewhere: give a --status-token as well")
             self.listen(port, "status", Listener.STATUS, ip)
@@ -9624,9 +9763,9 @@ class Server:
             return
         try:
             self.listen(api_port, "api", Listener.API)
-        except StartTrouble as trouble:
-            self.log.warn(f"{trouble}; if that is an API server, --api-port off ends "
-                          "this warning")
+        except Trouble as trouble:
+            self.warn(f"{trouble}; if that is an API server, --api-port off ends this "
+                      "warning")
 
     def relay_port(self):
         """The relay's own port: beside an ID server one above its port."""
@@ -9641,7 +9780,7 @@ class Server:
             socket.AF_INET6, socket.AF_INET]
         for family in families:
             try:
-                sock = socket.socket(family, kind)
+                sock = ListeningSocket(family, kind)
             except OSError:
                 continue  # a system without IPv6
             try:
@@ -9652,20 +9791,20 @@ class Server:
             except OSError as error:
                 sock.close()
                 if error.errno != errno.EADDRNOTAVAIL or family is families[-1]:
-                    raise StartTrouble(bind_failure(kind, ip, port, error)) from None
-        raise StartTrouble("this system has neither IPv6 nor IPv4")
+                    raise Trouble(bind_failure(kind, ip, port, error)) from None
+        raise Trouble("this system has neither IPv6 nor IPv4")
 
     def listen(self, port, name, listener, ip=""):
         """Open one TCP port."""
         if not 0 <= port <= 65535:
-            raise StartTrouble(f"there is no port {port} ({name}): choose another -p")
+            raise Trouble(f"there is no port {port} ({name}): choose another -p")
         ip = ip or self.config.bind
         sock = self.bind(socket.SOCK_STREAM, port, ip)
         keep_alive(sock)
         try:
             sock.listen(LISTEN_BACKLOG)
         except OSError as error:
-            raise StartTrouble(bind_failure(
+            raise Trouble(bind_failure(
                 socket.SOCK_STREAM, ip, port, error)) from None
         opened = StreamListener(self, sock, name, listener)
         self.listeners.append(opened)
@@ -9919,8 +10058,11 @@ class Server:
         """Count an outcome and log it."""
         self.attempts.count(action.word)
         self.note(action.peer_id, action.word, action.text)
-        level = "warn" if action.word in WARNINGS else "info"
-        self.log.write(level, f"{action.word}: {action.text}")
+        text = f"{action.word}: {action.text}"
+        if action.word == "gateway":
+            self.warn(text)
+        else:
+            self.log.write("warn" if action.word in WARNINGS else "info", text)
 
     def note(self, peer_id, word, text):
         """Let an outcome be found among the last attempts of an id."""
@@ -9932,7 +10074,7 @@ class Server:
     def do_event(self, action):
         """Tell the operator's command of an event."""
         if self.events is not None:
-            self.events.tell(action.name, action.peer_id, action.text)
+            self.events.tell(action.name, action.peer_id, str(action.text))
 
     def do_tolerate(self, action):
         """Count what was let pass, and log it, no more than so often."""
@@ -9998,9 +10140,10 @@ class Server:
     def on_turn(self):
         """After every turn: records to the disk, then answers; lines to the
         log."""
-        if self.keeper is not None:
+        if self.keeper is not None and self.keeper.pending:
             self.keeper.write()
-        self.log.flush()
+        if self.log.lines:
+            self.log.flush()
 
     def tick(self):
         """Once a second."""
@@ -10093,7 +10236,7 @@ class Server:
                 self.read_addresses(name) for name in (SLOWED_FILE, REFUSED_FILE)]
             if self.tls is not None:
                 self.reload_certificate()
-        except (ConfigTrouble, StartTrouble) as trouble:
+        except Trouble as trouble:
             why = str(trouble)
             self.log.error(f"nothing is changed: {why}")
         else:
@@ -10107,6 +10250,7 @@ class Server:
     def take_config(self, config):
         """Let new settings be in force where that can be, and say what
         changed."""
+        self.config.warnings = config.warnings
         for warning in config.warnings:
             self.log.warn(warning)
         self.limits.take(config)
@@ -10140,7 +10284,7 @@ class Server:
                 self.cut(link)
         if self.relay is not None:
             self.relay.key.accepted = config.accept_key
-            self.relay.set_total(self.loop.now)
+            self.perform(self.relay.set_total(self.loop.now))
             for session in list(self.relay.sessions.values()):
                 if session.peer_id and rules.refuses_id(session.peer_id):
                     self.end_session(session, "cut")
@@ -10159,16 +10303,16 @@ class Server:
         """Change settings now and for good; None for a text returns to what
         was configured.
 
-        ConfigTrouble if they cannot be, OSError if the disk does not keep
+        Trouble if they cannot be, OSError if the disk does not keep
         them: then nothing has changed.
         """
         for attribute, text in changes.items():
             if text is not None and not text.isprintable():
-                raise ConfigTrouble(f"{attribute} = {text!a}: it must be one line")
+                raise Trouble(f"{attribute} = {text!a}: it must be one line")
         entries = merge_changes(read_changes(self.directory), {
             SETTINGS[attribute].name: text for attribute, text in changes.items()})
         config = self.load(entries)
-        Limits(config)  # ConfigTrouble if there is no such limit
+        Limits(config)  # Trouble if there is no such limit
         save_changes(self.directory, entries)
         self.take_config(config)
 
@@ -10179,7 +10323,7 @@ class Server:
         if name is not None:
             try:
                 self.change(**{canonical_name(name): text})
-            except (ConfigTrouble, OSError) as trouble:
+            except (Trouble, OSError) as trouble:
                 self.log.error(f"nothing is changed: {trouble}")
 
     def edit_by_console(self, name, words, add):
@@ -10339,10 +10483,6 @@ def door_name(role):
     return f".{role}.door"
 
 
-class Mistake(Exception):
-    """The operator asked for something that cannot be; the text says why."""
-
-
 class Operator:
     """What the subcommands ask of the running server, a method each.
 
@@ -10360,9 +10500,12 @@ class Operator:
             name, *words = read_order(line)
             command = self.COMMANDS.get(name)
             if command is None:
-                raise Mistake(f"there is no command {name}")
-            command(self, words, answer)
-        except (Mistake, ConfigTrouble, ValueError, RecursionError) as mistake:
+                raise Trouble(f"there is no command {name}")
+            if self.rendezvous is None and name in self.OF_RENDEZVOUS:
+                answer({})  # the ID server has a door of its own
+            else:
+                command(self, words, answer)
+        except (Trouble, ValueError, RecursionError) as mistake:
             answer({"fault": str(mistake)})
         except OSError as error:
             answer({"fault": f"the disk does not take it: {error.strerror}"})
@@ -10370,30 +10513,13 @@ class Operator:
     # -- looking ---------------------------------------------------------------
 
     def peers(self, words, answer):
-        """Every known device, or some, and those that wait for approval."""
-        if self.rendezvous is None:
-            answer({})
-            return
-        known, waiting = self.rendezvous.store.peers, self.rendezvous.applicants
-        rows = [self.peer_row(peer) for peer in known.values()
-                if not words or peer.peer_id in words]
-        rows += [[peer.peer_id, "waits for approval", peer.ip, "", ""]
-                 for _, peer in waiting.entries.values()
-                 if not words or peer.peer_id in words]
+        """Every known peer, or some, and those that wait for approval."""
+        wall = int(time.time())
+        rows = [peer_row(facts, wall) for facts in all_peer_facts(
+                    self.rendezvous, self.server.loop.now, wall)
+                if not words or facts["id"] in words]
         answer({"columns": ["id", "state", "address", "transport", "last seen"],
-                "rows": rows, "said": f"{len(rows)} devices"})
-
-    def peer_row(self, peer):
-        """A device as a row of the table."""
-        now = self.server.loop.now
-        registration = self.rendezvous.registrations.get(peer.peer_id)
-        online = registration is not None and registration.is_online(now)
-        state = peer.state or ("online" if online else "offline")
-        if registration is None:
-            seen = time.strftime("%Y-%m-%d %H:%M", time.localtime(peer.seen))
-            return [peer.peer_id, state, peer.ip, "", seen if peer.seen else ""]
-        return [peer.peer_id, state, str(registration.address), registration.transport,
-                f"{now - registration.seen:.0f} s ago"]
+                "rows": rows, "said": f"{len(rows)} peers"})
 
     def status(self, words, answer):
         """What goes on, or what became of the last attempts about an id."""
@@ -10414,12 +10540,12 @@ class Operator:
         if self.rendezvous is None:
             said = ""  # only the ID server knows
         elif peer_id in self.rendezvous.store.peers:
-            row = self.peer_row(self.rendezvous.store.peers[peer_id])
-            registration = self.rendezvous.registrations.get(peer_id)
-            version = registration.version if registration else ""
-            said = ", ".join(filter(None, [*row, version and f"version {version}"]))
+            wall, peer = int(time.time()), self.rendezvous.store.peers[peer_id]
+            facts = peer_facts(self.rendezvous, peer, now, wall)
+            version = facts["version"] and f"version {facts['version']}"
+            said = ", ".join(filter(None, [*peer_row(facts, wall), version]))
         attempts = self.server.attempts.last(peer_id[:MAX_ID_BYTES])
-        rows = [[f"{now - attempt.at:.0f} s ago", attempt.word, attempt.text]
+        rows = [[f"{lasted(now - attempt.at)} ago", attempt.word, attempt.text]
                 for attempt in reversed(attempts)]
         return {"columns": ["when", "outcome", "how"], "rows": rows, "said": said}
 
@@ -10428,11 +10554,11 @@ class Operator:
         if self.relay is None:
             answer({})
             return
-        now = self.server.loop.now
-        rows = [[session.number, session.peer_id, str(session.first.address),
-                 str(session.second.address), round(now - session.started),
-                 round(session.carried / 1e6, 2), round(session.rate)]
-                for session in self.relay.sessions.values()]
+        rows = [[facts["number"], facts["peer"], facts["first"], facts["second"],
+                 facts["seconds"], round(facts["bytes"] / 1e6, 2),
+                 round(facts["bits_per_second"] / 1000)]
+                for session in self.relay.sessions.values()
+                for facts in [session_facts(session, self.server.loop.now)]]
         answer({"columns": ["number", "peer", "one end", "other end", "seconds", "MB",
                             "kb/s"],
                 "rows": rows, "said": f"{len(rows)} sessions"})
@@ -10466,7 +10592,7 @@ class Operator:
             answer({})
             return
         if word not in self.rendezvous.store.peers:
-            raise Mistake(f"no device has the id {word}")
+            raise Trouble(f"no device has the id {word}")
         self.server.perform(self.rendezvous.set_state(
             word, state, lambda written: answer(outcome(written, f"{word} {said}"))))
 
@@ -10486,9 +10612,6 @@ class Operator:
     def approve(self, words, answer):
         """Let a waiting or disabled device register; without an id, who
         waits."""
-        if self.rendezvous is None:
-            answer({})
-            return
         waiting = self.rendezvous.applicants
         if not words:
             rows = [[peer.peer_id, peer.ip] for _, peer in waiting.entries.values()]
@@ -10499,7 +10622,7 @@ class Operator:
         applying = [one for one in self.rendezvous.applying(word) if ip in ("", one.ip)]
         if word not in self.rendezvous.store.peers and len(applying) != 1:
             addresses = ", ".join(one.ip for one in applying)
-            raise Mistake(f"{len(applying)} devices claim {word}: name the address of "
+            raise Trouble(f"{len(applying)} devices claim {word}: name the address of "
                           f"yours behind it ({addresses})" if applying else
                           f"no device {word} waits or is known")
         self.server.perform(self.rendezvous.approve(
@@ -10544,7 +10667,7 @@ class Operator:
         if words:
             rows = [row for row in rows if row[0] == words[0].replace("_", "-")]
             if not rows:
-                raise Mistake(f"there is no limit {words[0]}; `limits` lists them")
+                raise Trouble(f"there is no limit {words[0]}; `limits` lists them")
         answer({"columns": ["limit", "number", "default", "unit", "reason"],
                 "rows": rows, "said": ""})
 
@@ -10567,24 +10690,16 @@ class Operator:
 
     def relay_servers(self, words, answer):
         """The relays that clients are sent to, and whether they answer."""
-        if self.rendezvous is None:
-            answer({})
-            return
         if words:
             self.server.change(
                 relay_servers=None if words == ["-"] else ",".join(words))
-        relays = self.rendezvous.relays
-        rows = [[entry.name, str(entry.network or ""),
-                 "answers" if entry.name in relays.healthy else "silent"]
-                for entry in relays.entries]
+        rows = [[facts["name"], facts["for"], facts["state"]]
+                for facts in relay_facts(self.rendezvous.relays)]
         answer({"columns": ["relay", "for", "state"], "rows": rows,
                 "said": f"{len(rows)} relays"})
 
     def always_use_relay(self, words, answer):
         """Whether everything is relayed."""
-        if self.rendezvous is None:
-            answer({})
-            return
         if words:
             (word,) = one_or_more(words, most=1)
             self.server.change(always_use_relay=None if word == "-" else word)
@@ -10621,17 +10736,25 @@ class Operator:
         "relay-servers": relay_servers, "always-use-relay": always_use_relay,
         "reload": reload, "facts": facts, "ticket": ticket,
     }
+    #: What only the ID server can do or tell.
+    OF_RENDEZVOUS = frozenset(("peers", "approve", "relay-servers", "always-use-relay"))
+
+
+def peer_row(facts, wall):
+    """A peer as a row of a table: id, state, address, transport, last seen."""
+    return [facts["id"], facts["state"], facts["address"], facts["transport"],
+            ago(facts["seen"], wall)]
 
 
 def read_order(line):
-    """The command and words of a line at the door; Mistake if it has none."""
+    """The command and words of a line at the door; Trouble if it has none."""
     try:
         order = json.loads(line)
     except RecursionError:
         order = None
     if not isinstance(order, list) or not order or not all(
             isinstance(word, str) for word in order):
-        raise Mistake("a command is a list of words")
+        raise Trouble("a command is a list of words")
     return order
 
 
@@ -10641,10 +10764,10 @@ BANDWIDTH = ("single_bandwidth", "total_bandwidth", "limit_speed",
 
 
 def one_or_more(words, most=None):
-    """The words of a command that needs some; Mistake if they are too few or
+    """The words of a command that needs some; Trouble if they are too few or
     too many."""
     if not words or most is not None and len(words) > most:
-        raise Mistake("name one" if most == 1 else "name one or more")
+        raise Trouble("name one" if most == 1 else "name one or more")
     return words
 
 
@@ -10771,7 +10894,7 @@ class StatusService:
 
     def snapshot(self):
         """All that is told, as one dictionary."""
-        server = self.server
+        server, wall = self.server, int(time.time())
         counters = server.attempts.counters
         hour = {word: count - self.minutes[0][1].get(word, 0)
                 for word, count in counters.items()}
@@ -10779,13 +10902,13 @@ class StatusService:
         carried = [size for size, _ in self.minutes]
         limits = {refusal.value for refusal in LIMIT_REFUSALS}
         return {
-            "version": VERSION, "health": server.health(), "time": int(time.time()),
+            "version": VERSION, "health": server.health(), "time": wall,
             "uptime_seconds": round(server.loop.now - self.started),
             "connections": len(server.crowd.links), "outcomes": dict(counters),
             "hour": hour, "limits_hit": {w: n for w, n in hour.items() if w in limits},
             "traffic": [after - before for before, after in zip(carried, carried[1:])],
-            "setup": self.setup(), "warnings": [], **self.peers(), **self.sessions(),
-            **self.relays()}
+            "setup": self.setup(), "warnings": server.standing_warnings(),
+            **self.peers(wall), **self.sessions()}
 
     def setup(self):
         """What clients of this network are set up with, or None."""
@@ -10798,22 +10921,16 @@ class StatusService:
         return {"host": told["host"], "key": key, "string": told["config"],
                 "qr": told["qr"]}
 
-    def peers(self):
-        """Who is known and online, those first."""
+    def peers(self, wall):
+        """Who is known, those online first."""
         rendezvous, now = self.server.rendezvous, self.server.loop.now
         if rendezvous is None:
-            return {"peers_known": 0, "peers_online": 0, "peers": []}
-        online = [peer_id for peer_id, registration in rendezvous.registrations.items()
-                  if registration.is_online(now)]
-        return {"peers_known": len(rendezvous.store.peers), "peers_online": len(online),
-                "peers": [self.peer(peer_id, now) for peer_id in online[:SHOWN_PEERS]]}
-
-    def peer(self, peer_id, now):
-        """One peer that is online."""
-        registration = self.server.rendezvous.registrations[peer_id]
-        return {"id": peer_id, "state": "online", "address": str(registration.address),
-                "transport": registration.transport, "version": registration.version,
-                "seen": f"{now - registration.seen:.0f} s ago"}
+            return {"peers_known": 0, "peers_online": 0, "peers": [], "relays": []}
+        online = sum(registration.is_online(now)
+                     for registration in rendezvous.registrations.values())
+        facts = itertools.islice(all_peer_facts(rendezvous, now, wall), SHOWN_PEERS)
+        return {"peers_known": len(rendezvous.store.peers), "peers_online": online,
+                "peers": list(facts), "relays": relay_facts(rendezvous.relays)}
 
     def sessions(self):
         """What is relayed now, and was."""
@@ -10821,19 +10938,7 @@ class StatusService:
         if relay is None:
             return {"sessions": [], "relayed_bytes": 0}
         return {"relayed_bytes": relay.total_carried(), "sessions": [
-            {"number": session.number, "peer": session.peer_id,
-             "first": str(session.first.address), "second": str(session.second.address),
-             "seconds": round(now - session.started), "bytes": session.carried,
-             "bits_per_second": round(session.rate * 1000)}
-            for session in relay.sessions.values()]}
-
-    def relays(self):
-        """The relays that clients are sent to, and whether they answer."""
-        rendezvous = self.server.rendezvous
-        relays = rendezvous.relays if rendezvous is not None else None
-        return {"relays": [
-            {"name": name, "state": "answers" if name in relays.healthy else "silent"}
-            for name in relays.names] if relays else []}
+            session_facts(session, now) for session in relay.sessions.values()]}
 
 
 #: Peers that the status shows; `peers` shows all.
@@ -10873,13 +10978,13 @@ class RelayWatch:
         if self.server.role != "hbbs":
             return
         if config.relay_servers and not secret:
-            self.log.warn("the relays of --relay-servers carry anybody's sessions, as "
-                          "far as this server knows: --relay-secret here and there "
-                          "ends that")
+            self.server.warn("the relays of --relay-servers carry anybody's sessions, "
+                             "as far as this server knows: --relay-secret here and "
+                             "there ends that")
         if secret and not config.relay_servers:
-            self.log.warn("--relay-secret is given, but --relay-servers names no relay "
-                          "that could be told of sessions; a relay with the same "
-                          "secret will refuse them")
+            self.server.warn("--relay-secret is given, but --relay-servers names no "
+                             "relay that could be told of sessions; a relay with the "
+                             "same secret will refuse them")
 
     def need_resolver(self):
         """Have a thread that looks names up."""
@@ -10900,6 +11005,11 @@ class RelayWatch:
                 self.announcers[name] = Announcer(self, name, keys)
                 self.announcers[name].again()
             self.announcers[name].keys = keys
+
+    def troubles(self):
+        """Which relays get no tickets, and why."""
+        return [announcer.complaint for announcer in self.announcers.values()
+                if announcer.trouble]
 
     def tell(self, ticket):
         """Tell every relay of a session."""
@@ -11240,8 +11350,8 @@ def holds_inode(pid, inodes):
 # backing up, restoring, moving in from the official server and out again.
 # Files are replaced in one step or not at all; a key is never written over.
 #
-# Uses: Constants, Frames and addresses, Keys, Configuration, Peer store,
-# Connections.
+# Uses: Constants, Refusals, Frames and addresses, Keys, Configuration, Peer
+# store, Connections.
 
 #: The first line of a backup, and the files that it holds when they are there.
 BACKUP_TITLE = "rustdesk_server backup 1"
@@ -11270,10 +11380,6 @@ CREATE INDEX index_peer_status ON peer (status);
 """
 
 
-class MaintenanceTrouble(Exception):
-    """Something that was not done; the text says why and what to do."""
-
-
 def open_store(path):
     """The loaded store of a file, open for writing."""
     store = PeerStore(path)
@@ -11282,7 +11388,7 @@ def open_store(path):
         store.open()
     except OSError as error:
         text = f"cannot write {store.path}: {error.strerror}"
-        raise MaintenanceTrouble(text) from None
+        raise Trouble(text) from None
     return store
 
 
@@ -11291,12 +11397,12 @@ def open_store(path):
 
 @contextlib.contextmanager
 def open_database(path, mode):
-    """A connection to a database of the official server; MaintenanceTrouble if
+    """A connection to a database of the official server; Trouble if
     its statements fail, or if there is no sqlite3 here."""
     try:
         import sqlite3  # only here: small systems lack it
     except ImportError:
-        raise MaintenanceTrouble(
+        raise Trouble(
             "Python's sqlite3 module is not installed here, so the official database "
             "cannot be used (OpenWrt: opkg install python3-sqlite3)") from None
     # In such an address these three characters have a meaning of their own.
@@ -11308,7 +11414,7 @@ def open_database(path, mode):
         yield connection
     except sqlite3.Error as error:
         text = f"the database {path} cannot be used: {error}"
-        raise MaintenanceTrouble(text) from None
+        raise Trouble(text) from None
     finally:
         if connection is not None:
             connection.close()
@@ -11405,7 +11511,7 @@ def import_peers(database, path):
         return f"{database}: {import_database(database, store)}"
     except OSError as error:
         text = f"cannot write {store.path}: {error.strerror}"
-        raise MaintenanceTrouble(text) from None
+        raise Trouble(text) from None
     finally:
         store.close()
 
@@ -11416,7 +11522,7 @@ def import_key(source, directory):
     if secret is None or secret == ours:
         return f"{source}: no key" if secret is None else "the key is here already"
     if ours is not None:
-        raise MaintenanceTrouble(
+        raise Trouble(
             f"{directory} has another key than {source}: clients trust one of them.  "
             f"To take that one, move {KEY_FILE} and {PUBLIC_KEY_FILE} away first")
     copy_if_missing(os.path.join(source, KEY_FILE), os.path.join(directory, KEY_FILE))
@@ -11440,11 +11546,11 @@ def export_official(directory, target):
     sentences."""
     database = os.path.join(target, OFFICIAL_STORE_FILE)
     if os.path.exists(database):
-        raise MaintenanceTrouble(f"{database} exists and was left alone; name an empty "
+        raise Trouble(f"{database} exists and was left alone; name an empty "
                                  "directory")
     theirs = read_key_file(target)
     if theirs is not None and theirs != read_key_file(directory):
-        raise MaintenanceTrouble(f"{target} has another key: name an empty directory")
+        raise Trouble(f"{target} has another key: name an empty directory")
     store = PeerStore(os.path.join(directory, STORE_FILE))
     store.load()
     os.makedirs(target, mode=0o700, exist_ok=True)
@@ -11509,23 +11615,23 @@ def back_up(directory, path, with_key):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, MaintenanceTrouble):
+    except (OSError, Trouble):
         os.unlink(temporary)
         raise
     return names
 
 
 def check_backup_place(directory, path, names):
-    """MaintenanceTrouble rather than a backup of nothing, or one over a file
+    """Trouble rather than a backup of nothing, or one over a file
     that is none."""
     if not names:
         place = os.path.abspath(directory)
-        raise MaintenanceTrouble(f"nothing of a server is in {place}: run this in its "
+        raise Trouble(f"nothing of a server is in {place}: run this in its "
                                  "directory")
     if os.path.exists(path):
         with open(path, "rb") as file:
             if file.readline(100).strip() not in (b"", BACKUP_TITLE.encode()):
-                raise MaintenanceTrouble(f"{path} exists, is no backup and was left "
+                raise Trouble(f"{path} exists, is no backup and was left "
                                          "alone: name another file")
 
 
@@ -11539,12 +11645,12 @@ def writer_into(file, digest):
 
 
 def pieces(file, size, path):
-    """`size` bytes of an open file, piece by piece; MaintenanceTrouble if it has
+    """`size` bytes of an open file, piece by piece; Trouble if it has
     fewer."""
     while size:
         data = file.read(min(size, COPY_BYTES))
         if not data:
-            raise MaintenanceTrouble(f"{path} is cut short, damaged, or was written "
+            raise Trouble(f"{path} is cut short, damaged, or was written "
                                      "meanwhile: try again")
         size -= len(data)
         yield data
@@ -11562,27 +11668,27 @@ def put_file(path, name, put):
 
 
 def read_backup(path):
-    """{name: (offset, size)} of a backup's files; MaintenanceTrouble if
+    """{name: (offset, size)} of a backup's files; Trouble if
     damaged."""
     files, digest, whole = {}, hashlib.sha256(), os.path.getsize(path)
     with open(path, "rb") as file:
         line = file.readline(1000)
         if line.strip() != BACKUP_TITLE.encode():
-            raise MaintenanceTrouble(f"{path} is no backup of this program")
+            raise Trouble(f"{path} is no backup of this program")
         while line and not line.startswith(b"sha256 "):
             digest.update(line)
             words = line.split()
             if len(words) == 3 and words[0] == b"file" and words[2].isdigit():
                 size = int(words[2])
                 if size > whole - file.tell():
-                    raise MaintenanceTrouble(f"{path} is damaged: it is cut short")
+                    raise Trouble(f"{path} is damaged: it is cut short")
                 files[words[1].decode("ascii", "replace")] = file.tell(), size
                 for data in pieces(file, size, path):
                     digest.update(data)
                 digest.update(file.readline(1))
             line = file.readline(1000)
     if line.split()[1:] != [digest.hexdigest().encode()]:
-        raise MaintenanceTrouble(f"{path} is damaged: its check sum is wrong")
+        raise Trouble(f"{path} is damaged: its check sum is wrong")
     return files
 
 
@@ -11612,7 +11718,7 @@ def restore(directory, path, replace_key):
 
 
 def check_restored_key(directory, path, files, replace_key):
-    """MaintenanceTrouble if a backup holds another key than the directory."""
+    """Trouble if a backup holds another key than the directory."""
     if replace_key or KEY_FILE not in files:
         return
     ours = read_key_file(directory)
@@ -11622,7 +11728,7 @@ def check_restored_key(directory, path, files, replace_key):
         file.seek(files[KEY_FILE][0])
         theirs = file.read(files[KEY_FILE][1]).strip()
     if theirs != encode_base64(ours).encode():
-        raise MaintenanceTrouble(
+        raise Trouble(
             f"{path} holds another key than {directory}; nothing was restored.  With "
             "--replace-key it takes its place, and ours is kept as "
             f"{KEY_FILE}.previous; clients then need the restored key")
@@ -11685,7 +11791,7 @@ def rotate_key(directory, random_bytes):
     about it."""
     secret = read_key_file(directory)
     if secret is None:
-        raise MaintenanceTrouble(f"{directory} has no {KEY_FILE} to replace: the first "
+        raise Trouble(f"{directory} has no {KEY_FILE} to replace: the first "
                                  "start makes one")
     new, old = generate_secret(random_bytes), encode_base64(secret[32:])
     aside = hashlib.sha256(secret[32:]).hexdigest()[:8]
@@ -11719,7 +11825,7 @@ def describe(config, role, directory):
         if role in (name, "both"):
             try:
                 facts[f"{name} key"] = describe_key(config, is_relay, directory)
-            except KeyTrouble as trouble:
+            except Trouble as trouble:
                 faults.append(str(trouble))
     if role != "hbbr":
         facts["peers"] = describe_store(directory)
@@ -12448,7 +12554,7 @@ def find_key_files(patient):
     """Are the key's files what they should be?"""
     try:
         secret, warnings = load_key_files(patient.directory, None)
-    except KeyTrouble as trouble:
+    except Trouble as trouble:
         yield FAULT, str(trouble), "see Files in the README"
         return
     for warning in warnings:
@@ -12802,7 +12908,7 @@ def run_role(command, arguments):
         server.open_listeners()
         if config.user:
             become(config.user, flags["directory"])
-    except (ConfigTrouble, KeyTrouble, StartTrouble, DirectoryInUse) as trouble:
+    except Trouble as trouble:
         if log is not None:
             log.flush()
         raise SystemExit(f"rustdesk_server: {trouble}") from None
@@ -12832,14 +12938,14 @@ def enter_directory(flags):
 
 
 def become(name, directory):
-    """Go on as another user, who gets our files; StartTrouble if that can't
+    """Go on as another user, who gets our files; Trouble if that can't
     be."""
     import pwd  # only here: not on Windows
 
     try:
         user = pwd.getpwnam(name)
     except KeyError:
-        raise StartTrouble(f"user = {name}: this system has no such user") from None
+        raise Trouble(f"user = {name}: this system has no such user") from None
     if os.geteuid() == user.pw_uid:
         return
     try:
@@ -12848,21 +12954,21 @@ def become(name, directory):
         os.setgid(user.pw_gid)
         os.setuid(user.pw_uid)
     except OSError as error:
-        raise StartTrouble(f"user = {name}: {error.strerror}; only a server started as "
+        raise Trouble(f"user = {name}: {error.strerror}; only a server started as "
                            "root can change its user") from None
     if not os.access(os.__file__, os.R_OK):
-        raise StartTrouble(f"user = {name}: this user cannot read the Python in "
+        raise Trouble(f"user = {name}: this user cannot read the Python in "
                            f"{os.path.dirname(os.__file__)}, which is still needed: "
                            "start the server with one that everybody can read")
 
 
 def give_away(user, directory):
-    """Give our own files to a user, and the directory; StartTrouble if that is
+    """Give our own files to a user, and the directory; Trouble if that is
     neither the user's nor named by `--directory`, and has folders in it as no
     state directory has: somebody's home, perhaps."""
     if os.stat(".").st_uid != user.pw_uid and not directory and any(
             entry.is_dir() for entry in os.scandir(".")):
-        raise StartTrouble(
+        raise Trouble(
             f"user = {user.pw_name}: {os.getcwd()} belongs to another user and holds "
             "more than this server's files; name a state directory by --directory, or "
             f"run: chown {user.pw_name} {os.getcwd()}")
@@ -12878,7 +12984,7 @@ def open_log(config):
     try:
         return Log(config.log_level, config.log_format, config.log_file)
     except OSError as error:
-        raise StartTrouble(f"cannot write the log file {config.log_file}: "
+        raise Trouble(f"cannot write the log file {config.log_file}: "
                            f"{error.strerror} (see --log-file)") from None
 
 
@@ -12981,7 +13087,7 @@ def adopt_official(config, log):
         said = import_peers(OFFICIAL_STORE_FILE, temporary)
         os.replace(temporary, STORE_FILE)
         log.info(f"imported {said}")
-    except (MaintenanceTrouble, OSError) as trouble:
+    except (Trouble, OSError) as trouble:
         log.warn(f"{OFFICIAL_STORE_FILE} is not imported: {trouble}.  The next start "
                  "tries again if no peer has registered by then; afterwards stop the "
                  f"server and run: rustdesk_server.py import {OFFICIAL_STORE_FILE}")
@@ -13012,7 +13118,7 @@ def check(arguments):
         Limits(config)
         facts, faults = describe(config, role, ".")
         warnings = config.warnings
-    except ConfigTrouble as trouble:
+    except Trouble as trouble:
         facts, faults, warnings = {}, [str(trouble)], []
     if as_json:
         print(json.dumps({"facts": facts, "faults": faults, "warnings": warnings}))
@@ -13031,7 +13137,7 @@ def show_config(arguments):
         "config", "Show every setting, its value and where it came from.", arguments)
     try:
         rows = list_settings(load_config(role, flags, os.environ, "."))
-    except ConfigTrouble as trouble:
+    except Trouble as trouble:
         raise SystemExit(f"rustdesk_server: {trouble}") from None
     if as_json:
         print(json.dumps([dict(zip(("name", "value", "origin"), row)) for row in rows]))
@@ -13052,7 +13158,7 @@ def show_client_config(arguments):
         told = find_client_config(config, own["host"], own["relay"], own["api"])
         if picture:
             write_picture(picture, qr_svg(qr_code(told["qr"].encode())))
-    except (ConfigTrouble, KeyTrouble, ValueError) as trouble:
+    except (Trouble, ValueError) as trouble:
         raise SystemExit(f"rustdesk_server: {trouble}") from None
     if own["json"]:
         print(json.dumps(told))
@@ -13092,13 +13198,13 @@ def client_config_parser():
 def find_client_config(config, host, relay, api):
     """The `client_config` of the server that this configuration starts.
 
-    KeyTrouble if it has no key yet, ValueError for a name that is none.
+    Trouble if it has no key yet, ValueError for a name that is none.
     """
     setting = config.key if config.key is not None else "-"
     key, warnings = load_server_key(setting, False, ".", None)
     text = key.public_text or key.required
     if not text:
-        raise KeyTrouble(f"{warnings[0]} in {os.getcwd()}; --directory names another")
+        raise Trouble(f"{warnings[0]} in {os.getcwd()}; --directory names another")
     host = host or host_for_clients(config.bind)
     if not host:
         raise ValueError("this machine has no address of its own; name it by --host")
@@ -13133,7 +13239,7 @@ def doctor(arguments):
     os.chdir(given.directory)
     try:
         patient = admit(given)
-    except ConfigTrouble as trouble:
+    except Trouble as trouble:
         raise SystemExit(f"rustdesk_server: {trouble}") from None
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # some will hang up on us
@@ -13199,10 +13305,10 @@ def admit(given):
     if port is None:
         port = config.port if config and config.port else RENDEZVOUS_PORT
     if not host or not 0 < port < 65532:
-        raise ConfigTrouble(f"{given.host!a} is no HOST or HOST:PORT")
+        raise Trouble(f"{given.host!a} is no HOST or HOST:PORT")
     key = given.key
     if key is None and config is not None:
-        with contextlib.suppress(KeyTrouble):  # the check of the key files tells
+        with contextlib.suppress(Trouble):  # the check of the key files tells
             key = load_server_key(config.key or "-", False, ".", None)[0].required
     patient = Patient(host, port, key or "", given.timeout, lambda line: [
         reply for role in ("both", "hbbs", "hbbr") for reply in ask_door(role, line)])
@@ -13252,7 +13358,7 @@ def maintain(command, description, operands, options, action):
         try:
             for sentence in action(given):
                 print(sentence)
-        except (MaintenanceTrouble, KeyTrouble, DirectoryInUse) as trouble:
+        except Trouble as trouble:
             raise SystemExit(f"rustdesk_server: {trouble}") from None
         except OSError as error:
             raise SystemExit(f"rustdesk_server: {error}") from None
@@ -13266,7 +13372,7 @@ def take_over(arguments):
     if os.path.isdir(arguments.source):
         return locked(import_directory, arguments.source, ".")
     if not os.path.exists(arguments.source):
-        raise MaintenanceTrouble(f"there is no {arguments.source}")
+        raise Trouble(f"there is no {arguments.source}")
     return [locked(import_peers, arguments.source, STORE_FILE)]
 
 

@@ -4651,9 +4651,8 @@ def written(directory, name, data):
 
 
 def trouble_of(call, *arguments):
-    """The sentence of the KeyTrouble or ConfigTrouble that a call raises."""
-    with pytest.raises((rustdesk_server.KeyTrouble,
-                        rustdesk_server.ConfigTrouble)) as caught:
+    """The sentence of the Trouble that a call raises."""
+    with pytest.raises(rustdesk_server.Trouble) as caught:
         call(*arguments)
     return str(caught.value)
 
@@ -5010,7 +5009,7 @@ def load_into(directory, barrier, results):
     try:
         secret, _ = rustdesk_server.load_key_files(directory, os.urandom)
         results.put(secret.hex())
-    except rustdesk_server.KeyTrouble as error:
+    except rustdesk_server.Trouble as error:
         results.put(str(error))
 
 
@@ -5228,7 +5227,7 @@ def test_wrong_values_name_setting_value_and_origin(tmp_path, name, value, sourc
         "file": (f"\n{name} = {value}", f"{tmp_path / 'settings.ini'} line 2"),
         "flags": ({name: value}, f"flag --{name}"),
     }[source]
-    with pytest.raises(rustdesk_server.ConfigTrouble) as caught:
+    with pytest.raises(rustdesk_server.Trouble) as caught:
         configured(tmp_path, **{source: given})
     assert str(caught.value).startswith(f"{name} = {value!r} ({origin}): ")
 
@@ -5239,7 +5238,7 @@ def test_wrong_values_name_setting_value_and_origin(tmp_path, name, value, sourc
     "one:two:three", "[]", "a\x07b",
 ])
 def test_wrong_hosts_are_refused(tmp_path, value):
-    with pytest.raises(rustdesk_server.ConfigTrouble):
+    with pytest.raises(rustdesk_server.Trouble):
         configured(tmp_path, flags={"relay-servers": value})
 
 
@@ -5303,7 +5302,7 @@ def test_variable_port_of_zero_lets_the_system_choose(tmp_path):
 
 
 def test_relay_port_from_the_variable_stays_a_port(tmp_path):
-    with pytest.raises(rustdesk_server.ConfigTrouble) as caught:
+    with pytest.raises(rustdesk_server.Trouble) as caught:
         configured(tmp_path, "hbbr", environment={"PORT": "65535"})
     assert "PORT" in str(caught.value)
 
@@ -5328,14 +5327,14 @@ def test_variables_of_the_official_containers_are_understood(tmp_path):
 
 def test_missing_file_is_named_only_if_it_was_asked_for(tmp_path):
     missing = str(tmp_path / "nowhere.ini")
-    with pytest.raises(rustdesk_server.ConfigTrouble) as caught:
+    with pytest.raises(rustdesk_server.Trouble) as caught:
         configured(tmp_path, flags={"config": missing})
     assert str(caught.value) == f"there is no file {missing}, which -c names"
     configured(tmp_path)
 
 
 def test_files_that_are_no_text_are_refused(tmp_path):
-    with pytest.raises(rustdesk_server.ConfigTrouble) as caught:
+    with pytest.raises(rustdesk_server.Trouble) as caught:
         configured(tmp_path, file=b"key = \xff\n")
     assert "settings.ini" in str(caught.value)
 
@@ -5448,7 +5447,7 @@ def test_limits_are_those_of_the_table_but_for_what_the_operator_sets():
 
 @pytest.mark.parametrize("name", ["no-such-limit", "frame-bytes", "frame_bytes"])
 def test_limit_that_is_none_or_fixed_is_refused(name):
-    with pytest.raises(rustdesk_server.ConfigTrouble, match=f"limit = {name}=5"):
+    with pytest.raises(rustdesk_server.Trouble, match=f"limit = {name}=5"):
         limits_of((name, 5))
 
 
@@ -5736,8 +5735,7 @@ def test_the_oldest_stranger_of_a_place_goes_whichever_port_it_came_to():
     limits.strangers_per_address = 2
     rooms = [limits.table("first_frame_seconds") for _ in range(2)]
     crowd = rustdesk_server.Crowd(limits, rooms)
-    links = [rustdesk_server.Link(rustdesk_server.Listener.TCP, Address("192.0.2.1", n),
-                                  place="192.0.2.1") for n in (1, 2)]
+    links = [Stranger("192.0.2.1") for _ in range(2)]
     for link, room, now in zip(links, reversed(rooms), (1.0, 2.0)):
         room.put(link, None, now)
         crowd.enter(link)
@@ -8406,8 +8404,7 @@ def test_session_is_free_again_when_the_cap_is_lifted():
     for flow in session.flows:
         flow.allowance, flow.starved = -1, True
     world.config.total_bandwidth = None
-    world.role.set_total(NOW + 2)
-    assert world.tick(NOW + 2) == [rustdesk_server.Resume(session)]
+    assert list(world.role.set_total(NOW + 2)) == [rustdesk_server.Resume(session)]
     assert all(flow.allowance > 10**15 and not flow.starved for flow in session.flows)
 
 
@@ -9216,7 +9213,8 @@ def peers_for_page(count):
                  address=f"203.0.113.{n % 250}:{40000 + n}",
                  state="online" if n < online else PAGE_STATES[1 + n % 4],
                  transport=("UDP", "TCP", "WebSocket")[n % 3], version="1.4.9",
-                 seen="4 s ago" if n < online else "3 days ago") for n in range(count)]
+                 seen=1790000000 - (4 if n < online else 3 * 86400))
+            for n in range(count)]
 
 
 def snapshot_of(count, **changes):
@@ -9235,7 +9233,8 @@ def snapshot_of(count, **changes):
         "traffic": [1000000 * (n % 17) for n in range(60)] if count else [],
         "hour": {"introduced": 31, "relay-arranged": 4, "offline": 2} if count else {},
         "limits_hit": {"too-many-strangers": 12} if count else {},
-        "relays": [dict(name="relay.example:21117", state="answers")] * bool(count),
+        "relays": [{"name": "relay.example:21117", "state": "answers", "for": ""}
+                   ] * bool(count),
         "warnings": ["the store cannot be written"] if count > 1000 else [],
         "setup": dict(host=told["host"], key=told["key"], string=told["config"],
                       qr=told["qr"]) if count else None,
@@ -9431,7 +9430,7 @@ def test_quantities_have_two_or_three_digits(value, text):
     (86399, "23 h 59 min"), (93784, "1 d 2 h"),
 ])
 def test_time_spans_are_told_in_two_units(seconds, text):
-    assert rustdesk_server.lasted(seconds).replace("\xa0", " ") == text
+    assert rustdesk_server.lasted(seconds) == text
 
 
 @pytest.mark.parametrize("value, top", [
@@ -9517,10 +9516,9 @@ def test_timers_run_in_the_order_of_their_time_then_of_their_making():
     timers, done = rustdesk_server.Timers(), []
     for when, name in ((3, "c"), (1, "a"), (2, "b"), (1, "A"), (9, "late")):
         timers.at(float(when), lambda name=name: done.append(name))
-    assert timers.next_delay(0.5) == 0.5
     run_due(timers, 3.0)
     assert done == ["a", "A", "b", "c"]
-    assert (timers.next_delay(4.0), timers.next_delay(10.0)) == (5.0, 0.0)
+    assert timers.heap[0][0] == 9.0
 
 
 def test_cancelled_timer_does_nothing():
@@ -9528,7 +9526,7 @@ def test_cancelled_timer_does_nothing():
     timers.at(1.0, lambda: done.append("cancelled")).cancel()
     timers.at(1.0, lambda: done.append("kept"))
     run_due(timers, 2.0)
-    assert (done, timers.next_delay(2.0)) == (["kept"], None)
+    assert (done, timers.heap) == (["kept"], [])
 
 
 def test_timer_may_be_made_by_a_timer():
@@ -16347,7 +16345,7 @@ def test_killed_server_leaves_no_door_that_keeps_the_next_one_out(own_server):
     own_server.kill()
     assert ask_cli(own_server, "peers")[0] == 1
     own_server.start()
-    assert ask_cli(own_server, "peers") == (0, "0 devices\n")
+    assert ask_cli(own_server, "peers") == (0, "0 peers\n")
     own_server.terminate()
     assert not os.path.exists(own_server.path(".both.door"))
 
@@ -17785,7 +17783,7 @@ def test_every_changed_or_missing_byte_of_a_backup_is_noticed(tmp_path):
     longer = [data[:size] + digits + data[size:] for digits in (b"9" * 12, b"9" * 40)]
     for damaged in changed + longer + [data[:i] for i in range(len(data) - 1)]:
         written(tmp_path, "damaged", damaged)
-        with pytest.raises(rustdesk_server.MaintenanceTrouble):
+        with pytest.raises(rustdesk_server.Trouble):
             rustdesk_server.read_backup(str(tmp_path / "damaged"))
 
 
@@ -22294,7 +22292,7 @@ def obey_config(data, rng):
         config = rustdesk_server.load_config(
             "both", {"config": fuzz_file(data)}, {}, "/nonexistent")
         rustdesk_server.Limits(config).place("192.0.2.1")
-    except rustdesk_server.ConfigTrouble as trouble:
+    except rustdesk_server.Trouble as trouble:
         assert str(trouble)
 
 
@@ -22302,7 +22300,7 @@ def obey_backup(data, rng):
     """A backup is whole, or it is said to be none."""
     try:
         files = rustdesk_server.read_backup(fuzz_file(data))
-    except rustdesk_server.MaintenanceTrouble:
+    except rustdesk_server.Trouble:
         return
     assert all(at + size <= len(data) for at, size in files.values())
 
