@@ -8988,13 +8988,12 @@ class Pipe:
     copied and kept, and then the source is not read until it has left.
     """
 
-    __slots__ = ("source", "sink", "session", "server", "receive", "send", "flow",
-                 "unsent", "ended", "reverse")
+    __slots__ = ("source", "sink", "session", "server", "flow", "unsent", "ended",
+                 "reverse")
 
     def __init__(self, source, sink, session, flow):
         self.source, self.sink = source, sink
         self.session, self.server = session, source.server
-        self.receive, self.send = source.socket.recv_into, sink.socket.send
         self.flow = flow
         self.unsent = None  # a memoryview of what the sink has not taken
         self.ended = None  # the word of an end that waits until `unsent` has left
@@ -9004,7 +9003,7 @@ class Pipe:
         """Move what has come."""
         flow = self.flow
         try:
-            size = self.receive(BUFFER, flow.window, DONT_WAIT)
+            size = self.source.socket.recv_into(BUFFER, flow.window, DONT_WAIT)
         except BlockingIOError:
             return
         except OSError:
@@ -9015,7 +9014,7 @@ class Pipe:
             return
         flow.allowance -= size
         try:
-            sent = self.send(BUFFER_VIEW[:size], DONT_WAIT)
+            sent = self.sink.socket.send(BUFFER_VIEW[:size], DONT_WAIT)
         except BlockingIOError:
             sent = 0
         except OSError:
@@ -9036,7 +9035,7 @@ class Pipe:
             self.hold(data)
             return
         try:
-            sent = self.send(data, DONT_WAIT)
+            sent = self.sink.socket.send(data, DONT_WAIT)
         except BlockingIOError:
             sent = 0
         except OSError:
@@ -9068,7 +9067,7 @@ class Pipe:
         """The sink takes more; when it has everything the source is read
         again."""
         try:
-            sent = self.send(self.unsent, DONT_WAIT)
+            sent = self.sink.socket.send(self.unsent, DONT_WAIT)
         except BlockingIOError:
             return
         except OSError:
@@ -9115,7 +9114,6 @@ class Pipe:
         if self.unsent is not None:
             self.server.held_bytes -= len(self.unsent)
         self.source = self.sink = self.reverse = self.unsent = None
-        self.receive = self.send = None
 
 
 class Translation(Pipe):
@@ -9137,7 +9135,7 @@ class Translation(Pipe):
         """Translate what has come and pass it on."""
         flow = self.flow
         try:
-            size = self.receive(
+            size = self.source.socket.recv_into(
                 BUFFER, min(flow.window, TRANSLATION_BYTES), DONT_WAIT)
         except BlockingIOError:
             return
@@ -9203,7 +9201,7 @@ class Translation(Pipe):
             self.said_goodbye = True
             if self.translator.to_websocket and not self.translator.left:
                 try:
-                    self.send(close_frame(), DONT_WAIT)
+                    self.sink.socket.send(close_frame(), DONT_WAIT)
                 except OSError:
                     pass  # it ends without
 
@@ -9966,7 +9964,7 @@ class Server:
     def on_closed(self, link):
         """A connection has ended: its role forgets it."""
         if isinstance(link.errand, Session):
-            self.end_session(link.errand, "broken")
+            self.end_session(link.errand, "broken", link)
         elif link.errand is not None:
             role = self.relay if link.listener is Listener.RELAY else self.rendezvous
             self.perform(role.on_link_closed(link, self.loop.now))
