@@ -317,11 +317,11 @@ class Refusal(enum.Enum):
     DEVICE_MISMATCH = "device-mismatch"  # the id belongs to another device
     KEY_CHANGED = "key-changed"  # new key from a new address: who is it?
     TOO_FREQUENT = "too-frequent"  # more registrations than a client makes
-    TOO_MANY_NEW_IDS = "too-many-new-ids"  # new devices in all, or peers in all
+    TOO_MANY_NEW_IDS = "too-many-new-ids"  # new peers in all, or peers in all
     REFUSED_ID = "refused-id"  # the operator refuses this id
-    DISABLED = "disabled"  # the operator has disabled this device
-    AWAITS_APPROVAL = "awaits-approval"  # a new device that nobody approved yet
-    NOT_ENROLLED = "not-enrolled"  # a new device, and enrolment is closed
+    DISABLED = "disabled"  # the operator has disabled this peer
+    AWAITS_APPROVAL = "awaits-approval"  # a new peer that nobody approved yet
+    NOT_ENROLLED = "not-enrolled"  # a new peer, and enrolment is closed
     OLD_ROUTE_LIVES = "old-route-lives"  # moves while its old route answers
     STORE_FAILED = "store-failed"  # the disk did not take the record
     NOT_OWNER = "not-owner"  # changes an id that it does not hold right now
@@ -3104,11 +3104,11 @@ def read_key_file(directory):
         return None
     except OSError as error:
         raise Trouble(f"cannot read {path}: {error.strerror}; it must be readable "
-                         "by the user that runs this server") from None
+                      "by the user that runs this server") from None
     except ValueError as error:
         raise Trouble(f"{path} holds no usable key: {error}; put the right file "
-                         "back, or move it away for a new key (then every client "
-                         "needs the new key)") from None
+                      "back, or move it away for a new key (then every client "
+                      "needs the new key)") from None
     return secret
 
 
@@ -3182,11 +3182,11 @@ def read_ticket_secret(path):
             secret = file.read(4096).strip()
     except OSError as error:
         raise Trouble(f"cannot read {path} (--relay-secret): {error.strerror}"
-                         ) from None
+                      ) from None
     if len(secret) < 16:
         raise Trouble(f"{path} (--relay-secret) must hold a secret of 16 characters "
-                         "or more, the same at the ID server and at its relays; "
-                         f"make one: head -c 32 /dev/urandom | base64 > {path}")
+                      "or more, the same at the ID server and at its relays; "
+                      f"make one: head -c 32 /dev/urandom | base64 > {path}")
     return secret
 
 
@@ -3203,7 +3203,7 @@ def create_key_files(directory, random_bytes):
         created = write_new_file(path, encode_base64(secret).encode(), 0o600)
     except OSError as error:
         raise Trouble(f"cannot create {path}: {error.strerror}; start in a "
-                         "directory where this user may write") from None
+                      "directory where this user may write") from None
     return secret if created else read_key_file(directory)
 
 
@@ -3575,7 +3575,8 @@ setting("relay-secret", "", parse_text, "", "FILE",
 setting("limit", "", parse_limits, (), "NAME=NUMBER",
         "Another number for one of the limits that `limits` lists (repeatable).")
 setting("exempt", "", parse_networks, (), "NETWORKS",
-        "Networks, separated by commas, whose addresses have no limits per address.")
+        "Networks, separated by commas, whose addresses have no limits per address and "
+        "may bring any number of new ids.")
 setting("console", "", one_of("off", "read", "full"), None, "MODE",
         "The official servers' text consoles, for connections from this machine: "
         "`read` answers questions, `full` takes changes as well (`read`; `off` once "
@@ -3921,7 +3922,7 @@ limit("strange-messages", 8, "messages",
 limit("targets", 4, "peers",
       "That one connection may ask for at a time; clients ask for one.")
 limit("registrations-per-address", 30, "a minute",
-      "Of devices that are not known with this key; the official server's number.")
+      "Of peers that are not known with this key; the official server's number.")
 limit("ids-per-address", 300, "a day",
       "New ones; the official server's number.")
 limit("registrations-per-id", 3, "in 6 s", "The official server's number.")
@@ -3981,7 +3982,7 @@ class Limits:
                 why = "there is no such limit" if row is None else "it is fixed"
                 where = config.origins.get("limit", "asked for just now")
                 raise Trouble(f"limit = {name}={number} ({where}): {why}; the "
-                                    "subcommand `limits` lists them")
+                              "subcommand `limits` lists them")
             numbers[canonical_name(name)] = number
         numbers["connections"] = min(numbers["connections"], self.descriptors)
         self.__dict__.update(numbers)
@@ -4165,14 +4166,6 @@ class ExpiringTable:
     def __len__(self):
         return len(self.entries)
 
-    def evict(self):
-        """Make room for one more: at the cap the oldest entry goes; returns
-        its (key, value), or None."""
-        if not self.entries or len(self.entries) < self.capacity:
-            return None
-        key, (_, value) = self.entries.popitem(last=False)
-        return key, value
-
     def put(self, key, value, now):
         """Insert or replace; at the cap the oldest entry goes and is
         returned."""
@@ -4264,8 +4257,8 @@ class RegistrationLimits:
         """Whether there may be one more new id, and from this address; counts
         it."""
         place = self.limits.place(ip)
-        return ((place is None or self.ids.admits(
-                    place, self.limits.ids_per_address, now))
+        return place is None or (
+                self.ids.admits(place, self.limits.ids_per_address, now)
                 and self.new_today.admits("", self.limits.new_ids_per_day, now)
                 and self.new.admits("", self.limits.new_ids, now))
 
@@ -5217,7 +5210,7 @@ def is_private_host(name):
 class Rendezvous:
     """The state of the ID server, and what it does with each message."""
 
-    #: New devices that wait for the operator, and how long without a new try.
+    #: New peers that wait for the operator, and how long without a new try.
     MAX_APPLICANTS, APPLICANT_SECONDS = 1000, 86400.0
     #: How long it is known when and how a peer without a route was last heard.
     GONE_SECONDS = 86400.0
@@ -5338,7 +5331,7 @@ class Rendezvous:
         return Result.OK, None
 
     def bar(self, peer_id, known):
-        """The refusal of an id or a device that shall not be served, or
+        """The refusal of an id or a peer that shall not be served, or
         None."""
         if self.limits.rules.refuses_id(peer_id):
             return Refusal.REFUSED_ID
@@ -6103,7 +6096,7 @@ class Rendezvous:
     # -- what the operator does ------------------------------------------------
 
     def enforce(self):
-        """End the routes of ids, devices and addresses that are not served any
+        """End the routes of ids, peers and addresses that are not served any
         more."""
         for peer_id, registration in list(self.registrations.items()):
             if (self.bar(peer_id, self.store.peers.get(peer_id))
@@ -6127,7 +6120,7 @@ class Rendezvous:
         yield from self.rewrite(peer, done)
 
     def approve(self, peer_id, ip, done):
-        """Let a disabled device register again, or an applicant, of which
+        """Let a disabled peer register again, or an applicant, of which
         `ip` is the address."""
         peer = self.store.peers.get(peer_id)
         if peer is None:
@@ -6380,6 +6373,40 @@ class Session:
             self.active = now
 
 
+class WaitingLinks:
+    """Relay links that wait, under a key each: so many in all, and so many from one
+    place."""
+
+    __slots__ = ("table", "at")
+
+    def __init__(self, table):
+        self.table = table  # key -> link
+        self.at = Tally()
+
+    def add(self, key, link, now):
+        """Let a link wait; returns the one that had to make room for it, or
+        None."""
+        self.at.add(link.place)
+        oldest = self.table.put(key, link, now)
+        if oldest is not None:
+            self.at.remove(oldest.place)
+        return oldest
+
+    def discard(self, key):
+        """The link under a key, which does not wait any more, or None."""
+        link = self.table.discard(key)
+        if link is not None:
+            self.at.remove(link.place)
+        return link
+
+    def expire(self, now):
+        """The links that have waited for too long, and do not any more."""
+        expired = [link for _, link in self.table.expire(now)]
+        for link in expired:
+            self.at.remove(link.place)
+        return expired
+
+
 def towards(request):
     """Whom a relay link is for, if it says so: an initiator's does."""
     return f" to {request.id[:MAX_ID_BYTES]!a}" if request.id else ""
@@ -6408,10 +6435,11 @@ class Relay:
         # Those that ask for the key are a stranger's to make, so they have a
         # table of their own to fill.
         self.strange_tickets = limits.table("ticket_seconds")
-        self.early = limits.table("early_seconds", "early_links")  # link -> its uuid
-        self.waiting = limits.table("partner_seconds", "relay_links")  # uuid -> link
-        self.early_at, self.waiting_at, self.sessions_at = Tally(), Tally(), Tally()
+        # For their ticket, each under itself, and for their partner, by uuid.
+        self.early = WaitingLinks(limits.table("early_seconds", "early_links"))
+        self.waiting = WaitingLinks(limits.table("partner_seconds", "relay_links"))
         self.sessions = {}  # number -> Session
+        self.sessions_at = Tally()
         self.numbers = itertools.count(1)
         self.rounds = 0  # of sharing bandwidth
         self.carried = 0  # bytes of sessions that have ended
@@ -6463,20 +6491,15 @@ class Relay:
 
     def wait_for_ticket(self, link, now):
         """A link may be a little ahead of the ID server's word about it."""
-        if self.early_at.get(link.place, 0) >= self.limits.early_links_per_address:
-            oldest = next((early for early in self.early.entries
-                           if early.place == link.place), None)
-            if oldest is not None:
-                self.leave_early(oldest)
-            yield from self.turn_away(oldest or link, Refusal.NO_TICKET)
-            if oldest is None:
-                return
-        self.early_at.add(link.place)
-        evicted = self.early.evict()
+        most = self.limits.early_links_per_address
+        if most and self.early.at.get(link.place, 0) >= most:
+            oldest = next(early for early in self.early.table.entries
+                          if early.place == link.place)
+            self.early.discard(oldest)
+            yield from self.turn_away(oldest, Refusal.NO_TICKET)
+        evicted = self.early.add(link, link, now) if most else link
         if evicted is not None:
-            self.early_at.remove(evicted[0].place)
-            yield from self.turn_away(evicted[0], Refusal.NO_TICKET)
-        self.early.put(link, link.errand.uuid, now)
+            yield from self.turn_away(evicted, Refusal.NO_TICKET)
 
     def ticket(self, session_uuid):
         """A session's ticket, or None."""
@@ -6488,15 +6511,10 @@ class Relay:
             return  # arranged before, and perhaps used
         table = self.tickets if ticket.fault_of is None else self.strange_tickets
         table.put(session_uuid, ticket, now)
-        for link in [link for link, (_, uuid) in self.early.entries.items()
-                     if uuid == session_uuid]:
-            self.leave_early(link)
+        for link in [link for link in self.early.table.entries
+                     if link.errand.uuid == session_uuid]:
+            self.early.discard(link)
             yield from self.arrive(link, ticket, now)
-
-    def leave_early(self, link):
-        """A link does not wait for its ticket any more."""
-        self.early.discard(link)
-        self.early_at.remove(link.place)
 
     def ticket_refusal(self, ticket, request):
         """Why a ticket does not let a link in, or None.
@@ -6528,7 +6546,7 @@ class Relay:
             whose = towards(request) or (f" for {ticket.peer_id!a}" if ticket else "")
             yield Tolerate(fault, f"relay link from {link.address}{whose}",
                            self.peer_of(request))
-        partner = self.stop_waiting(request.uuid)
+        partner = self.waiting.discard(request.uuid)
         if partner is not None and not partner.is_alive():
             yield Close(partner)  # it left in the very moment that this one came
             partner = None
@@ -6562,23 +6580,11 @@ class Relay:
 
     def wait(self, link, now):
         """Let a link wait for its partner."""
-        if self.waiting_at.get(link.place, 0) >= self.limits.relay_links_per_address:
-            yield from self.turn_away(link, Refusal.TOO_MANY_RELAY_LINKS)
-            return
-        self.waiting_at.add(link.place)
-        evicted = self.waiting.evict()
-        if evicted is not None:
-            self.waiting_at.remove(evicted[1].place)
-            yield from self.turn_away(evicted[1], Refusal.TOO_MANY_RELAY_LINKS)
-        self.waiting.put(link.errand.uuid, link, now)
-
-    def stop_waiting(self, session_uuid):
-        """The link that waits under this uuid, which it does no more, or
-        None."""
-        link = self.waiting.discard(session_uuid)
-        if link is not None:
-            self.waiting_at.remove(link.place)
-        return link
+        unwanted = link
+        if self.waiting.at.get(link.place, 0) < self.limits.relay_links_per_address:
+            unwanted = self.waiting.add(link.errand.uuid, link, now)
+        if unwanted is not None:
+            yield from self.turn_away(unwanted, Refusal.TOO_MANY_RELAY_LINKS)
 
     def pair(self, first, second, ticket, now):
         """Both ends are there: from now on they belong to a session."""
@@ -6621,13 +6627,12 @@ class Relay:
 
     def on_link_closed(self, link, now):
         """A link has ended before it was paired."""
-        if link in self.early.entries:
-            self.leave_early(link)
+        if self.early.discard(link) is not None:
             yield Refuse(Refusal.NO_TICKET, (
                 f"relay link from {link.address} left before its session was arranged"),
                 link.errand.id[:MAX_ID_BYTES])
-        if self.waiting.get(link.errand.uuid) is link:
-            self.stop_waiting(link.errand.uuid)
+        if self.waiting.table.get(link.errand.uuid) is link:
+            self.waiting.discard(link.errand.uuid)
             yield Refuse(Refusal.LONELY, (
                 f"relay link from {link.address}{towards(link.errand)} left: it is "
                 "{}, and {} had not come yet".format(*sides(link))),
@@ -6637,16 +6642,14 @@ class Relay:
         """Once a second: lonely links end, sessions are measured."""
         self.tickets.expire(now)
         self.strange_tickets.expire(now)
-        for link, _ in self.early.expire(now):
-            self.early_at.remove(link.place)
+        for link in self.early.expire(now):
             yield from self.turn_away(link, Refusal.NO_TICKET, (
                 ": the ID server has not arranged this session"))
-        for _, link in self.waiting.expire(now):
-            self.waiting_at.remove(link.place)
+        for link in self.waiting.expire(now):
             came, missing = sides(link)
             yield from self.turn_away(link, Refusal.LONELY, (
                 f": it is {came}, and {missing} did not come in "
-                f"{self.waiting.seconds:.0f} s; is its path to this port open?"))
+                f"{self.waiting.table.seconds:.0f} s; is its path to this port open?"))
         idle_limit = self.config.idle_limit or UNLIMITED
         for session in list(self.sessions.values()):
             session.measure(now)
@@ -9310,7 +9313,6 @@ class Announcer:
         """Tell the relay of a session, now and, should the connection break,
         again: what was sent last may be lost with it."""
         self.kept.expire(self.server.loop.now)
-        self.kept.evict()
         self.kept.put(ticket, None, self.server.loop.now)
         if self.is_ready:
             self.write(self.sender.announcement(ticket, self.keys))
@@ -9525,8 +9527,7 @@ class Server:
         self.draining = False
         self.loop = Loop(self.on_turn, self.on_fault)
         self.helper = Helper(self.loop)
-        self.listeners = []
-        self.datagrams = None
+        self.ports = Ports(self)
         self.rendezvous = self.relay = self.store = None
         self.consoles = {}  # Listener -> console
         self.accepts = {}  # Listener -> {message class: handler}
@@ -9597,12 +9598,12 @@ class Server:
             tls = Tls(certificate, key)
         except ImportError:
             raise Trouble("--tls-cert needs Python's ssl module, which is not "
-                               "installed here (OpenWrt: opkg install python3-openssl)"
-                               ) from None
+                          "installed here (OpenWrt: opkg install python3-openssl)"
+                          ) from None
         except (OSError, ValueError) as error:
             raise Trouble(f"the certificate of --tls-cert {certificate} cannot be "
-                               f"used with --tls-key {key or certificate}: {error}"
-                               ) from None
+                          f"used with --tls-key {key or certificate}: {error}"
+                          ) from None
         self.loop.later(CERTIFICATE_CHECK_SECONDS, self.check_certificate)
         return tls
 
@@ -9627,7 +9628,7 @@ class Server:
             self.tls.reload()
         except (OSError, ValueError) as error:
             raise Trouble(f"the certificate {self.tls.files[0]} or its key "
-                               f"{self.tls.files[1]} cannot be used: {error}") from None
+                          f"{self.tls.files[1]} cannot be used: {error}") from None
         self.log.info(f"certificate {self.tls.files[0]} read again")
 
     def create_rendezvous(self):
@@ -9638,7 +9639,7 @@ class Server:
             self.store.load()
         except OSError as error:
             raise Trouble(f"cannot read {self.store.path}: {error.strerror}; it "
-                               "holds the known peers") from None
+                          "holds the known peers") from None
         self.keeper = StoreKeeper(self, self.store)
         self.keeper.open()
         self.rendezvous = Rendezvous(
@@ -9673,7 +9674,7 @@ class Server:
         self.take_handlers(self.relay)
         if self.relay.asks_tickets and self.role == "hbbr" and not self.ticket_secret:
             raise Trouble("--relay-tickets on needs an ID server that announces "
-                               "them: give both the same --relay-secret")
+                          "them: give both the same --relay-secret")
         if not self.relay.asks_tickets and not key.required:
             self.warn("the relay has neither tickets nor a key: anybody who finds its "
                       "port can send traffic through it.  --relay-tickets on, "
@@ -9705,120 +9706,15 @@ class Server:
             self.accepts[listener] = {
                 kind: handler.__get__(role) for kind, handler in table.items()}
 
-    def open_listeners(self):
-        """Listen on every port of the roles."""
-        if self.rendezvous is not None:
-            port = RENDEZVOUS_PORT if self.config.port is None else self.config.port
-            main = self.listen(port, "rendezvous", Listener.TCP)
-            self.listen_for_datagrams(main.address.port)
-            nat_port = port and port + NAT_TEST_OFFSET
-            self.listen(nat_port, "nat-test", Listener.NAT_TEST)
-            web_port = port and port + WEBSOCKET_OFFSET
-            self.listen(web_port, "rendezvous-websocket", Listener.TCP)
-            self.listen_for_api(port)
-        if self.relay is not None:
-            port = self.relay_port()
-            self.listen(port, "relay", Listener.RELAY)
-            web_port = port and port + WEBSOCKET_OFFSET
-            self.listen(web_port, "relay-websocket", Listener.RELAY)
-        default = Listener.RELAY if self.rendezvous is None else Listener.TCP
-        for ip, port in self.config.listen:
-            self.listen(port, "added", default, ip)
-        self.listen_for_status()
-        self.open_door()
-
-    def listen_for_status(self):
-        """Let the operator look at the status, by default from this machine."""
-        config, port = self.config, STATUS_PORT + (self.role == "hbbr")
-        places = config.status_listen
-        if places is None:
-            try:
-                self.listen(0 if config.port == 0 else port, "status", Listener.STATUS,
-                            "127.0.0.1")
-            except Trouble as trouble:
-                self.log.warn(f"no status page: {trouble}; see --status-listen")
-        for ip, port in places or ():
-            if not config.status_token and not is_loopback(ip):
-                raise Trouble(
-                    f"--status-listen {Address(ip or '0.0.0.0', port)} can be reached "
-                    "from elsewhere: give a --status-token as well")
-            self.listen(port, "status", Listener.STATUS, ip)
-
-    def open_door(self):
-        """Let the operator in, who may write in the state directory."""
+    def open(self):
+        """Listen on every port, and let the operator in, who may write in the state
+        directory."""
+        self.ports.open()
         path = os.path.join(self.directory, door_name(self.role))
         try:
             self.door = Door(self, path)
         except (OSError, AttributeError) as error:  # such as on Windows
             self.log.warn(f"no subcommand will reach this server: {path}: {error}")
-
-    def listen_for_api(self, port):
-        """Answer web API requests with 404, unless an API server is there."""
-        api_port = self.config.api_port
-        if api_port is None:
-            api_port = port and port + API_OFFSET
-        if api_port < 0:
-            return
-        try:
-            self.listen(api_port, "api", Listener.API)
-        except Trouble as trouble:
-            self.warn(f"{trouble}; if that is an API server, --api-port off ends this "
-                      "warning")
-
-    def relay_port(self):
-        """The relay's own port: beside an ID server one above its port."""
-        port = self.config.port
-        if port is None:
-            return RELAY_PORT
-        return port + RELAY_OFFSET if port and self.rendezvous is not None else port
-
-    def bind(self, kind, port, ip):
-        """A bound, non-blocking socket, for IPv6 and IPv4 where that goes."""
-        families = [socket.AF_INET6 if ":" in ip else socket.AF_INET] if ip else [
-            socket.AF_INET6, socket.AF_INET]
-        for family in families:
-            try:
-                sock = ListeningSocket(family, kind)
-            except OSError:
-                continue  # a system without IPv6
-            try:
-                is_ipv6 = family == socket.AF_INET6
-                prepare(sock, kind, dual=not ip and is_ipv6)
-                sock.bind((ip or ("::" if is_ipv6 else "0.0.0.0"), port))
-                return sock
-            except OSError as error:
-                sock.close()
-                if error.errno != errno.EADDRNOTAVAIL or family is families[-1]:
-                    raise Trouble(bind_failure(kind, ip, port, error)) from None
-        raise Trouble("this system has neither IPv6 nor IPv4")
-
-    def listen(self, port, name, listener, ip=""):
-        """Open one TCP port."""
-        if not 0 <= port <= 65535:
-            raise Trouble(f"there is no port {port} ({name}): choose another -p")
-        ip = ip or self.config.bind
-        sock = self.bind(socket.SOCK_STREAM, port, ip)
-        keep_alive(sock)
-        try:
-            sock.listen(LISTEN_BACKLOG)
-        except OSError as error:
-            raise Trouble(bind_failure(
-                socket.SOCK_STREAM, ip, port, error)) from None
-        opened = StreamListener(self, sock, name, listener)
-        self.listeners.append(opened)
-        self.log.info(f"listening on tcp {opened.address} ({name})")
-        return opened
-
-    def listen_for_datagrams(self, port):
-        """Open the UDP port."""
-        sock = self.bind(socket.SOCK_DGRAM, port, self.config.bind)
-        if self.config.rmem:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self.config.rmem)
-        several = self.config.bind in ANY_ADDRESS and has_several_addresses()
-        kind = MultihomedListener if several else DatagramListener
-        self.datagrams = kind(self, sock, "rendezvous", self.rendezvous.renewals)
-        self.listeners.append(self.datagrams)
-        self.log.info(f"listening on udp {self.datagrams.address} (rendezvous)")
 
     # -- what comes ------------------------------------------------------------
 
@@ -9995,7 +9891,7 @@ class Server:
 
     def do_send_datagram(self, action):
         """Send a datagram."""
-        self.datagrams.send(encode_message(action.message), action.sockaddr)
+        self.ports.datagrams.send(encode_message(action.message), action.sockaddr)
 
     def do_close(self, action):
         """End a link."""
@@ -10360,16 +10256,13 @@ class Server:
         self.draining = True
         self.log.info(f"stopping: {reason}; {sessions} sessions may go on for "
                       f"{seconds} s")
-        for listener in self.listeners:
-            listener.close()
-        self.listeners = []
+        self.ports.close()
         self.loop.later(seconds, self.loop.stop)
 
     def close(self):
         """End every session and connection, and let the disk have
         everything."""
-        for listener in self.listeners:
-            listener.close()
+        self.ports.close()
         if self.door is not None:
             self.door.close()
         if self.relay_watch is not None:
@@ -10385,6 +10278,131 @@ class Server:
             self.keeper.close()
         self.log.info("stopped")
         self.log.flush()
+
+
+class Ports:
+    """The sockets that a server listens on."""
+
+    def __init__(self, server):
+        self.server = server
+        self.config, self.log = server.config, server.log
+        self.listeners = []
+        self.datagrams = None  # the ID server's UDP port
+
+    def open(self):
+        """Listen on every port of the roles."""
+        if self.server.rendezvous is not None:
+            port = self.config.port
+            port = RENDEZVOUS_PORT if port is None else port
+            main = self.listen(port, "rendezvous", Listener.TCP)
+            self.listen_for_datagrams(main.address.port)
+            nat_port = port and port + NAT_TEST_OFFSET
+            self.listen(nat_port, "nat-test", Listener.NAT_TEST)
+            web_port = port and port + WEBSOCKET_OFFSET
+            self.listen(web_port, "rendezvous-websocket", Listener.TCP)
+            self.listen_for_api(port)
+        if self.server.relay is not None:
+            port = self.relay_port()
+            self.listen(port, "relay", Listener.RELAY)
+            web_port = port and port + WEBSOCKET_OFFSET
+            self.listen(web_port, "relay-websocket", Listener.RELAY)
+        default = Listener.RELAY if self.server.rendezvous is None else Listener.TCP
+        for ip, port in self.config.listen:
+            self.listen(port, "added", default, ip)
+        self.listen_for_status()
+
+    def listen_for_status(self):
+        """Let the operator look at the status, by default from this machine."""
+        config, port = self.config, STATUS_PORT + (self.server.role == "hbbr")
+        places = config.status_listen
+        if places is None:
+            try:
+                self.listen(0 if config.port == 0 else port, "status", Listener.STATUS,
+                            "127.0.0.1")
+            except Trouble as trouble:
+                self.server.warn(f"no status page: {trouble}; see --status-listen")
+        for ip, port in places or ():
+            if not config.status_token and not is_loopback(ip):
+                raise Trouble(
+                    f"--status-listen {Address(ip or '0.0.0.0', port)} can be reached "
+                    "from elsewhere: give a --status-token as well")
+            self.listen(port, "status", Listener.STATUS, ip)
+
+    def listen_for_api(self, port):
+        """Answer web API requests with 404, unless an API server is there."""
+        api_port = self.config.api_port
+        if api_port is None:
+            api_port = port and port + API_OFFSET
+        if api_port < 0:
+            return
+        try:
+            self.listen(api_port, "api", Listener.API)
+        except Trouble as trouble:
+            self.server.warn(f"{trouble}; if that is an API server, --api-port off "
+                             "ends this warning")
+
+    def relay_port(self):
+        """The relay's own port: beside an ID server one above its port."""
+        port = self.config.port
+        if port is None:
+            return RELAY_PORT
+        beside = port and self.server.rendezvous is not None
+        return port + RELAY_OFFSET if beside else port
+
+    def listen(self, port, name, listener, ip=""):
+        """Open one TCP port."""
+        if not 0 <= port <= 65535:
+            raise Trouble(f"there is no port {port} ({name}): choose another -p")
+        ip = ip or self.config.bind
+        sock = self.bind(socket.SOCK_STREAM, port, ip)
+        keep_alive(sock)
+        try:
+            sock.listen(LISTEN_BACKLOG)
+        except OSError as error:
+            failure = bind_failure(socket.SOCK_STREAM, ip, port, error)
+            raise Trouble(failure) from None
+        opened = StreamListener(self.server, sock, name, listener)
+        self.listeners.append(opened)
+        self.log.info(f"listening on tcp {opened.address} ({name})")
+        return opened
+
+    def listen_for_datagrams(self, port):
+        """Open the UDP port."""
+        sock = self.bind(socket.SOCK_DGRAM, port, self.config.bind)
+        if self.config.rmem:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self.config.rmem)
+        several = self.config.bind in ANY_ADDRESS and has_several_addresses()
+        kind = MultihomedListener if several else DatagramListener
+        renewals = self.server.rendezvous.renewals
+        self.datagrams = kind(self.server, sock, "rendezvous", renewals)
+        self.listeners.append(self.datagrams)
+        self.log.info(f"listening on udp {self.datagrams.address} (rendezvous)")
+
+    def bind(self, kind, port, ip):
+        """A bound, non-blocking socket, for IPv6 and IPv4 where that goes."""
+        families = [socket.AF_INET6 if ":" in ip else socket.AF_INET] if ip else [
+            socket.AF_INET6, socket.AF_INET]
+        for family in families:
+            try:
+                sock = ListeningSocket(family, kind)
+            except OSError:
+                continue  # a system without IPv6
+            try:
+                is_ipv6 = family == socket.AF_INET6
+                prepare(sock, kind, dual=not ip and is_ipv6)
+                sock.bind((ip or ("::" if is_ipv6 else "0.0.0.0"), port))
+                return sock
+            except OSError as error:
+                sock.close()
+                if error.errno != errno.EADDRNOTAVAIL or family is families[-1]:
+                    raise Trouble(bind_failure(kind, ip, port, error)) from None
+        raise Trouble("this system has neither IPv6 nor IPv4")
+
+    def close(self):
+        """Let nobody in any more."""
+        for listener in self.listeners:
+            listener.close()
+        self.listeners = []
 
 
 class Door:
@@ -10561,7 +10579,7 @@ class Operator:
                             "kb/s"],
                 "rows": rows, "said": f"{len(rows)} sessions"})
 
-    # -- devices ---------------------------------------------------------------
+    # -- peers -----------------------------------------------------------------
 
     def kick(self, words, answer):
         """End what an id or a session has now; it may come back."""
@@ -10583,14 +10601,14 @@ class Operator:
         return len(found)
 
     def set_state(self, words, answer, state, said):
-        """Write another state of a known device, and end what it has."""
+        """Write another state of a known peer, and end what it has."""
         (word,) = one_or_more(words, most=1)
         self.end_sessions(lambda session: session.peer_id == word)
         if self.rendezvous is None:
             answer({})
             return
         if word not in self.rendezvous.store.peers:
-            raise Trouble(f"no device has the id {word}")
+            raise Trouble(f"no peer has the id {word}")
         self.server.perform(self.rendezvous.set_state(
             word, state, lambda written: answer(outcome(written, f"{word} {said}"))))
 
@@ -10604,11 +10622,11 @@ class Operator:
         self.set_state(words, answer, RELEASED, said)
 
     def disable(self, words, answer):
-        """Serve a device no more, until it is approved again."""
+        """Serve a peer no more, until it is approved again."""
         self.set_state(words, answer, DISABLED, "is disabled; approve ends that")
 
     def approve(self, words, answer):
-        """Let a waiting or disabled device register; without an id, who
+        """Let a waiting or disabled peer register; without an id, who
         waits."""
         waiting = self.rendezvous.applicants
         if not words:
@@ -10622,7 +10640,7 @@ class Operator:
             addresses = ", ".join(one.ip for one in applying)
             raise Trouble(f"{len(applying)} devices claim {word}: name the address of "
                           f"yours behind it ({addresses})" if applying else
-                          f"no device {word} waits or is known")
+                          f"no peer {word} waits or is known")
         self.server.perform(self.rendezvous.approve(
             word, ip, lambda written: answer(outcome(written, f"{word} is approved"))))
 
@@ -10715,7 +10733,8 @@ class Operator:
     def facts(self, words, answer):
         """Where we listen, as a doctor on this machine has to know it."""
         server = self.server
-        ports = {listener.name: listener.address.port for listener in server.listeners}
+        ports = {listener.name: listener.address.port
+                 for listener in server.ports.listeners}
         entries = server.config.relay_servers
         answer({"pid": os.getpid(), "role": server.role, "ports": ports,
                 "bind": server.config.bind, "rmem": server.config.rmem,
@@ -10915,7 +10934,7 @@ class StatusService:
         host = host_for_clients(server.config.bind)
         if not key or not host:
             return None
-        told = client_config(host, server.datagrams.address.port, "", key)
+        told = client_config(host, server.ports.datagrams.address.port, "", key)
         return {"host": told["host"], "key": key, "string": told["config"],
                 "qr": told["qr"]}
 
@@ -11545,7 +11564,7 @@ def export_official(directory, target):
     database = os.path.join(target, OFFICIAL_STORE_FILE)
     if os.path.exists(database):
         raise Trouble(f"{database} exists and was left alone; name an empty "
-                                 "directory")
+                      "directory")
     theirs = read_key_file(target)
     if theirs is not None and theirs != read_key_file(directory):
         raise Trouble(f"{target} has another key: name an empty directory")
@@ -11625,12 +11644,12 @@ def check_backup_place(directory, path, names):
     if not names:
         place = os.path.abspath(directory)
         raise Trouble(f"nothing of a server is in {place}: run this in its "
-                                 "directory")
+                      "directory")
     if os.path.exists(path):
         with open(path, "rb") as file:
             if file.readline(100).strip() not in (b"", BACKUP_TITLE.encode()):
                 raise Trouble(f"{path} exists, is no backup and was left "
-                                         "alone: name another file")
+                              "alone: name another file")
 
 
 def writer_into(file, digest):
@@ -11649,7 +11668,7 @@ def pieces(file, size, path):
         data = file.read(min(size, COPY_BYTES))
         if not data:
             raise Trouble(f"{path} is cut short, damaged, or was written "
-                                     "meanwhile: try again")
+                          "meanwhile: try again")
         size -= len(data)
         yield data
 
@@ -11790,7 +11809,7 @@ def rotate_key(directory, random_bytes):
     secret = read_key_file(directory)
     if secret is None:
         raise Trouble(f"{directory} has no {KEY_FILE} to replace: the first "
-                                 "start makes one")
+                      "start makes one")
     new, old = generate_secret(random_bytes), encode_base64(secret[32:])
     aside = hashlib.sha256(secret[32:]).hexdigest()[:8]
     for name in KEY_FILE, PUBLIC_KEY_FILE:
@@ -12611,7 +12630,7 @@ def find_store(patient):
     try:
         open(path, "ab").close()
     except OSError as error:
-        yield (FAULT, f"{path} cannot be written: {error.strerror}; known devices are "
+        yield (FAULT, f"{path} cannot be written: {error.strerror}; known peers are "
                "served, new ones refused", "make it writable for the server's user")
         return
     owner = os.stat(path).st_uid
@@ -12810,13 +12829,13 @@ ROLES = {
 #: What can be asked of a running server: operands and meaning.
 ORDERS = {
     "status": (" [ID]", "what goes on, or how the last attempts about an id ended"),
-    "peers": (" [ID...]", "the devices, where they are and when they were seen"),
+    "peers": (" [ID...]", "the peers, where they are and when they were seen"),
     "sessions": ("", "the relayed sessions"),
-    "kick": (" ID|NUMBER", "end a device's route and sessions, or one session"),
-    "forget": (" ID", "remove a device"),
+    "kick": (" ID|NUMBER", "end a peer's route and sessions, or one session"),
+    "forget": (" ID", "remove a peer"),
     "reclaim": (" ID", "let the next device that claims an id have it"),
-    "approve": (" [ID [IP]]", "let a new or disabled device register"),
-    "disable": (" ID", "serve a device no more"),
+    "approve": (" [ID [IP]]", "let a new or disabled peer register"),
+    "disable": (" ID", "serve a peer no more"),
     "allow": (" [X [-]]", "ids and networks that are served (- takes one away)"),
     "refuse": (" [X [-]]", "ids and networks that are not"),
     "limits": (" [NAME [N]]", "every limit, or another number for one (- ends that)"),
@@ -12903,7 +12922,7 @@ def run_role(command, arguments):
             adopt_official(config, log)
         server = Server(config, role, ".", log)
         server.load = load
-        server.open_listeners()
+        server.open()
         if config.user:
             become(config.user, flags["directory"])
     except Trouble as trouble:
@@ -12953,11 +12972,11 @@ def become(name, directory):
         os.setuid(user.pw_uid)
     except OSError as error:
         raise Trouble(f"user = {name}: {error.strerror}; only a server started as "
-                           "root can change its user") from None
+                      "root can change its user") from None
     if not os.access(os.__file__, os.R_OK):
         raise Trouble(f"user = {name}: this user cannot read the Python in "
-                           f"{os.path.dirname(os.__file__)}, which is still needed: "
-                           "start the server with one that everybody can read")
+                      f"{os.path.dirname(os.__file__)}, which is still needed: "
+                      "start the server with one that everybody can read")
 
 
 def give_away(user, directory):
@@ -12983,7 +13002,7 @@ def open_log(config):
         return Log(config.log_level, config.log_format, config.log_file)
     except OSError as error:
         raise Trouble(f"cannot write the log file {config.log_file}: "
-                           f"{error.strerror} (see --log-file)") from None
+                      f"{error.strerror} (see --log-file)") from None
 
 
 def raise_descriptor_limit():
@@ -13001,7 +13020,7 @@ def introduce(server):
     """Tell the operator what to type into a client."""
     log = server.log
     if server.rendezvous is not None:
-        port = server.datagrams.address.port
+        port = server.ports.datagrams.address.port
         name = "the public name or address of this machine"
         host = host_for_clients(server.config.bind)
         if host:

@@ -5416,17 +5416,8 @@ def test_random_table_behaves_as_a_simple_model():
         assert {key: at for key, (at, _) in table.entries.items()} == model
 
 
-def test_table_makes_room_before_an_entry_comes():
-    table = rustdesk_server.ExpiringTable(10.0, capacity=2)
-    table.put("a", 1, 0.0)
-    assert table.evict() is None
-    table.put("b", 2, 1.0)
-    assert (table.evict(), table.get("a"), table.get("b")) == (("a", 1), None, 2)
-
-
-def test_table_for_nothing_has_nothing_to_make_room_from():
+def test_table_for_nothing_gives_back_what_it_gets():
     table = rustdesk_server.ExpiringTable(10.0, capacity=0)
-    assert table.evict() is None
     assert (table.put("a", 1, 0.0), len(table)) == (1, 0)
 
 
@@ -5714,6 +5705,20 @@ def test_id_may_register_three_times_in_six_seconds():
     assert limits.admits_id("987654321", 0.0)
     assert not limits.admits_id("123456789", 5.9)
     assert limits.admits_id("123456789", 6.1)
+
+
+def test_exempt_networks_may_bring_any_number_of_new_ids():
+    exempt = rustdesk_server.parse_networks("198.51.100.0/24")
+    limits = rustdesk_server.RegistrationLimits(
+        limits_of(("new-ids", 3), ("new-ids-per-day", 3), exempt=exempt))
+    assert all(limits.admits_new("198.51.100.7", 0.0) for _ in range(1000))
+    admits = [limits.admits_new(f"203.0.113.{i}", 0.0) for i in range(4)]
+    assert admits == [True, True, True, False]
+
+
+def test_caps_that_no_process_reaches_hold_nothing_up():
+    assert rustdesk_server.cap_of(None, 0.0) is rustdesk_server.cap_of(100_000, 0) is None
+    assert rustdesk_server.cap_of(99_999.0, 0.0).rate == 99_999.0 * 131072
 
 
 def test_limits_forget_what_is_over():
@@ -8220,7 +8225,7 @@ def test_two_links_with_one_uuid_are_paired_in_either_order(kinds):
         world = RelayWorld()
         session = world.paired(*(ends[i] for i in order))
         assert world.role.sessions == {session.number: session}
-        assert (len(world.role.waiting), session.slowed) == (0, False)
+        assert (len(world.role.waiting.table), session.slowed) == (0, False)
 
 
 def test_only_the_uuid_pairs():
@@ -8228,7 +8233,7 @@ def test_only_the_uuid_pairs():
     assert world.come(end(), "one", id=B_ID) == []
     assert world.come(two, "two", id=B_ID) == []
     assert world.come(end(), "One", id=B_ID) == []
-    assert len(world.role.waiting) == 3
+    assert len(world.role.waiting.table) == 3
     (pair,) = world.come(partner, "two", conn_type=3)
     assert (pair.session.first, pair.session.second) == (two, partner)
 
@@ -8289,12 +8294,12 @@ def test_end_of_a_refused_link_leaves_the_waiting_one_alone():
     other = end()
     other.errand = RequestRelay(uuid="session")
     assert world.outcome(world.role.on_link_closed(other, NOW)) == []
-    assert world.role.waiting.get("session") is waiting
+    assert world.role.waiting.table.get("session") is waiting
 
 
 def test_oldest_waiting_link_makes_room_for_the_newest():
     world = RelayWorld()
-    world.role.waiting.capacity = 2
+    world.role.waiting.table.capacity = 2
     links = [end() for _ in range(3)]
     outcomes = [world.come(link, f"session{i}") for i, link in enumerate(links)]
     assert outcomes == [[], [], [Refusal.TOO_MANY_RELAY_LINKS, Close(links[0])]]
@@ -8495,7 +8500,7 @@ def test_link_without_a_ticket_is_never_paired_whatever_key_it_has():
     assert world.tick(NOW + 4.9) == []
     assert world.tick(NOW + 5) == [Refusal.NO_TICKET, Close(links[0]),
                                    Refusal.NO_TICKET, Close(links[1])]
-    assert (world.role.sessions, world.role.early_at, len(world.role.early)) == (
+    assert (world.role.sessions, world.role.early.at, len(world.role.early.table)) == (
         {}, {}, 0)
 
 
@@ -8510,7 +8515,7 @@ def test_ticket_may_come_before_between_and_after_its_links(turn):
     assert is_pair(actions)
     assert {actions[0].session.first, actions[0].session.second} == set(links)
     assert actions[0].session.peer_id == B_ID
-    assert world.tick(NOW + 40) == [] and not world.role.early_at
+    assert world.tick(NOW + 40) == [] and not world.role.early.at
 
 
 def test_ticket_is_good_for_one_session():
@@ -8533,10 +8538,11 @@ def test_ticket_ends_after_a_minute():
     world = TicketWorld()
     world.announce()
     world.tick(NOW + 59.9)
-    assert world.come(end(), now=NOW + 59.9) == [] == list(world.role.early.entries)
+    assert world.come(end(), now=NOW + 59.9) == []
+    assert not world.role.early.table.entries
     world.tick(NOW + 60)
     world.come(end(B_PLACE), now=NOW + 60)
-    assert len(world.role.early) == 1 and not world.role.sessions
+    assert len(world.role.early.table) == 1 and not world.role.sessions
 
 
 def test_ticket_is_for_the_session_that_it_names():
@@ -8544,7 +8550,7 @@ def test_ticket_is_for_the_session_that_it_names():
     world.announce("Session")
     world.announce("session ")
     assert world.arrivals(link, end(B_PLACE)) == []
-    assert len(world.role.early) == 2
+    assert len(world.role.early.table) == 2
 
 
 def test_tickets_of_strangers_push_out_none_of_those_who_were_let_in():
@@ -8593,10 +8599,10 @@ def test_early_links_have_a_quota_of_their_own():
     assert outcomes == [[], [], [Refusal.NO_TICKET, Close(links[0])]]
     assert world.come(placed_end(B_PLACE), "b") == []
     assert world.come(placed_end(B_PLACE), "c") == [Refusal.NO_TICKET, Close(links[1])]
-    assert world.role.early_at == {A_PLACE.ip: 1, B_PLACE.ip: 2}
+    assert world.role.early.at == {A_PLACE.ip: 1, B_PLACE.ip: 2}
     world.announce("b")
-    assert world.role.early_at == {A_PLACE.ip: 1, B_PLACE.ip: 1}
-    assert world.role.waiting_at == {B_PLACE.ip: 1}
+    assert world.role.early.at == {A_PLACE.ip: 1, B_PLACE.ip: 1}
+    assert world.role.waiting.at == {B_PLACE.ip: 1}
 
 
 @pytest.mark.parametrize("link", [RoleLink(Listener.RELAY, A_PLACE, place=place)
@@ -8615,7 +8621,8 @@ def test_early_link_that_leaves_is_forgotten():
     world, link = TicketWorld(), placed_end(A_PLACE)
     world.come(link)
     assert world.outcome(world.role.on_link_closed(link, NOW)) == [Refusal.NO_TICKET]
-    assert (world.announce(), world.role.early_at, len(world.role.early)) == ([], {}, 0)
+    assert world.announce() == []
+    assert (world.role.early.at, len(world.role.early.table)) == ({}, 0)
 
 
 # -- quotas and keys ------------------------------------------------------------
@@ -8627,7 +8634,7 @@ def test_address_has_so_many_links_that_wait_for_their_partner():
     outcomes = [world.come(link, str(i)) for i, link in enumerate(links)]
     assert outcomes == [[], [], [Refusal.TOO_MANY_RELAY_LINKS, Close(links[2])]]
     assert world.come(placed_end(B_PLACE), "0")[-1].session.number == 1
-    assert world.role.waiting_at == {A_PLACE.ip: 1}
+    assert world.role.waiting.at == {A_PLACE.ip: 1}
     assert world.come(links[2], "2") == []
 
 
@@ -11159,6 +11166,38 @@ def test_status_tells_programs_who_is_there_and_what_is_relayed():
         assert told["outcomes"]["registered"] == 1
         assert told["setup"]["key"] == server.public_key
         assert server.read("id_ed25519") not in body
+
+
+def test_status_and_tables_list_who_is_online_then_who_waits_then_the_others():
+    with ServerProcess("--enroll", "approve", "--allow", "is_online,is_gone") as server:
+        with Peer(server, "is_gone") as gone, Peer(server, "is_online") as peer, (
+                Peer(server, "a_new_one")) as waiting:
+            for one in gone, peer:
+                one.registered()
+            waiting.register()
+            order(server, "kick", "is_gone")
+            told = json.loads(ask_status(server, "/status.json")[2])
+            page = ask_status(server, "/")[2]
+            table = order(server, "peers")["rows"]
+    expected = [("is_online", "online", "UDP"), ("a_new_one", "waits for approval", ""),
+                ("is_gone", "offline", "")]
+    assert [(one["id"], one["state"], one["transport"]) for one in told["peers"]] == (
+        expected)
+    assert [(row[0], row[1], row[3]) for row in table] == expected
+    assert sorted(ids := [row[0] for row in expected], key=page.index) == ids
+    assert abs(told["peers"][0]["seen"] - told["time"]) < 60
+
+
+def test_status_shows_the_warnings_that_only_the_operator_can_end():
+    with ServerProcess(tickets=True) as server:
+        assert json.loads(ask_status(server, "/status.json")[2])["warnings"] == []
+        assert "Everything works" in ask_status(server, "/")[2]
+    with ServerProcess("-k", "", "--serial", "5") as server:
+        warnings = json.loads(ask_status(server, "/status.json")[2])["warnings"]
+        page = ask_status(server, "/")[2]
+    assert any("serial does nothing here" in warning for warning in warnings)
+    assert any("neither tickets nor a key" in warning for warning in warnings)
+    assert "Works, but needs a look" in page and "neither tickets nor a key" in page
 
 
 def test_status_page_shows_the_running_server():
@@ -16195,7 +16234,7 @@ def test_forgotten_device_is_unknown(own_server):
             Initiator(own_server).dial(peer.peer_id)
         own_server.restart()
         assert order(own_server, "peers")["rows"] == []
-        assert "no device has" in order(own_server, "forget", peer.peer_id)["fault"]
+        assert "no peer has" in order(own_server, "forget", peer.peer_id)["fault"]
 
 
 def test_kick_ends_a_route_and_a_session_which_may_come_back(own_server):
@@ -22418,9 +22457,9 @@ class BookServer:
         self.server = rustdesk_server.Server(
             self.configuration(), "both", self.directory, log)
         self.server.load = self.configuration
-        self.server.open_listeners()
+        self.server.open()
         self.ports = {listener.name: listener.address.port
-                      for listener in self.server.listeners}
+                      for listener in self.server.ports.listeners}
         self.thread = threading.Thread(target=self.server.loop.run, daemon=True)
         self.thread.start()
         return self
@@ -22447,9 +22486,9 @@ class BookServer:
                 "strangers": sum(map(len, crowd.waiting_rooms)),
                 "links by place": len(crowd.links_at), "pipes": len(server.pipes),
                 "strangers by place": len(crowd.strangers_at),
-                "early": len(relay.early), "early by place": len(relay.early_at),
-                "waiting": len(relay.waiting), "waiting by place":
-                len(relay.waiting_at), "sessions": len(relay.sessions),
+                "early": len(relay.early.table), "early by place": len(relay.early.at),
+                "waiting": len(relay.waiting.table), "waiting by place":
+                len(relay.waiting.at), "sessions": len(relay.sessions),
                 "sessions by place": len(relay.sessions_at),
                 "pseudo addresses": len(server.pseudo_addresses)}
         return {name: number for name, number in told.items() if number}
