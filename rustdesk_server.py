@@ -8549,9 +8549,11 @@ class Connection(Link):
         be."""
         crowd, place = self.server.crowd, self.server.limits.place(address.ip)
         crowd.leave(self)
+        self.patience.discard(self)  # or it might have to make room for itself
         self.address, self.place, self.proxied = address, place, True
         admitted = self.server.admits(self.listener, address, place)
         crowd.enter(self)
+        self.patience.put(self, None, self.server.loop.now)
         return admitted
 
     def start_tls(self):

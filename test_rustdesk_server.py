@@ -16496,6 +16496,21 @@ def test_connections_of_an_address_make_room_from_its_oldest_stranger():
             assert link.ask("test_nat_request", "test_nat_response").port
 
 
+def test_who_comes_from_a_full_place_behind_a_proxy_makes_no_room_for_itself():
+    """Its connection is older than all that stand for that place."""
+    forwarded = HANDSHAKE.replace(b"Host: s", b"Host: s\r\nX-Real-IP: 203.0.113.7")
+    with ServerProcess("--limit", "strangers-per-address=1") as server:
+        older, younger = (TcpLink(server.address("rendezvous"), (next_ip(), 0))
+                          for _ in range(2))
+        for link in younger, older:
+            link.send_raw(forwarded)
+            assert link.read().startswith(b"HTTP/1.1 101 ")
+        assert younger.ended()
+        older.close()
+        wait_until(lambda: json.loads(
+            ask_status(server, "/status.json")[2])["connections"] == 1)
+
+
 def test_empty_frames_keep_no_connection_and_make_nobody_known():
     with ServerProcess("--limit", "first-frame-seconds=2",
                        "--limit", "strangers-per-address=1") as server:
