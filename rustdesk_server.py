@@ -6678,6 +6678,7 @@ class Relay:
         had_total = self.total is not None
         self.total = cap_of(self.config.total_bandwidth, now)
         for session in self.sessions.values():
+            session.settle()  # before its allowance is another one
             if session.cap is None and self.total and not had_total:
                 for flow in session.flows:
                     flow.limit()

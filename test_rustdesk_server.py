@@ -8413,6 +8413,16 @@ def test_session_is_free_again_when_the_cap_is_lifted():
     assert all(flow.allowance > 10**15 and not flow.starved for flow in session.flows)
 
 
+def test_what_was_carried_counts_although_the_cap_has_changed_meanwhile():
+    world = RelayWorld()
+    session = world.paired()
+    for number, cap in enumerate((1.0, None), 1):
+        session.flows[0].allowance -= 1000
+        world.config.total_bandwidth = cap
+        list(world.role.set_total(NOW + number))
+        assert session.carried == 1000 * number
+
+
 def carry_for(world, session, seconds, megabits):
     """Carry at a steady rate for so many seconds; the words reported."""
     words, start = [], session.ticked
