@@ -7984,7 +7984,7 @@ class Helper:
             pass
         while self.results:
             done, result = self.results.popleft()
-            done(result)
+            self.loop.attempt(lambda: done(result))
 
 
 # == 17. Connections ===========================================================

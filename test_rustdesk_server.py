@@ -9598,6 +9598,16 @@ def test_log_file_that_cannot_be_renamed_is_written_on(tmp_path, monkeypatch):
         "line 0", "line 1", "line 2"]
 
 
+def test_result_that_cannot_be_used_keeps_no_other_from_being_told():
+    told, faults = [], []
+    loop = rustdesk_server.Loop(lambda: None, lambda *fault: faults.append(fault))
+    helper = rustdesk_server.Helper(loop)
+    for done in (lambda result: 1 / 0), told.append:
+        helper.results.append((done, "result"))
+    helper.on_results(rustdesk_server.READ)
+    assert (told, len(faults)) == (["result"], 1)
+
+
 # == 18. Server ================================================================
 #
 # Everything here goes through real sockets: 127.0.0.1, 127.0.0.2 and so on are
