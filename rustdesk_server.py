@@ -8944,8 +8944,8 @@ class Connection(Link):
             return
         if self.timer is not None:
             self.timer.cancel()
-        self.then, self.timer = then, None
-        if then is not None:
+        self.then, self.timer = then or self.then, None
+        if self.then is not None:
             self.timer = self.server.loop.later(HANG_UP_SECONDS, self.close)
         self.be_patient(self.server.survivors if survives else self.server.endings)
         self.become(State.ENDING, self.read_away)

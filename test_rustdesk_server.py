@@ -10292,6 +10292,18 @@ def test_direct_answer_carries_the_source_of_the_targets_connection(server):
     assert_signed(server, response.pk, peer)
 
 
+def test_initiator_is_told_although_there_is_no_room_for_more_from_its_target():
+    with ServerProcess("--limit", "pending-bytes=1") as server:
+        with Peer(server).registered() as peer, dial(server, peer.peer_id) as link:
+            hole = peer.receive("punch_hole")
+            with peer.open_rendezvous() as answer:
+                answer.send_raw(frame(peer.hole_sent(hole)) + frame(bytes(9000))[:8000])
+                seen_from = answer.local
+                response = link.expect("punch_hole_response")
+        told_of(server, "no-room")
+    assert unmangle(response.socket_addr) == seen_from
+
+
 def assert_signed(server, signed, peer):
     """Signature, then IdPk, as protocol 6.3 has it."""
     assert signed[64:] == identity(peer.peer_id, bytes(peer.key.verify_key))
