@@ -9370,9 +9370,9 @@ class Announcer:
 
     def on_events(self, events):
         """The relay has said something, or takes more."""
-        if events & READ:
+        if events & READ & self.interest:  # it may have failed in this very turn
             self.read()
-        if events & WRITE and self.socket is not None:
+        if events & WRITE & self.interest:
             self.write(b"")
 
     def read(self):

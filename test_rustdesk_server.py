@@ -22551,6 +22551,14 @@ def book_server():
         assert started.books() == {} and not faults_in(started.log())
 
 
+def test_readiness_that_came_before_a_failure_is_passed_over(book_server):
+    """Of one turn: a ticket could not be sent, then the end would be read."""
+    watch = rustdesk_server.RelayWatch(book_server.server)
+    announcer = rustdesk_server.Announcer(watch, "127.0.0.1:9", ())
+    announcer.on_events(rustdesk_server.READ | rustdesk_server.WRITE)
+    assert announcer.socket is None
+
+
 def descriptors(pid="self"):
     return len(os.listdir(f"/proc/{pid}/fd"))
 
