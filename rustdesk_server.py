@@ -10230,9 +10230,9 @@ class Server:
         addresses = self.relay.slowed if name == SLOWED_FILE else self.relay.refused
         if not add and words == ["all"]:
             addresses.clear()
-        for word in words if add else ():
-            addresses.add(parse_ip(word))
-        addresses.difference_update(words if not add else ())
+        else:
+            given = set(map(parse_ip, filter(None, words)))  # all of them, or none
+            (addresses.update if add else addresses.difference_update)(given)
         try:
             write_in_place(os.path.join(self.directory, name),
                            "".join(f"{ip}\n" for ip in sorted(addresses)))

@@ -11438,6 +11438,18 @@ def test_console_of_the_relay_tells_the_lists(server):
             assert console(relay, "relay", "B 192.0.2.7").strip() == "false"
 
 
+def test_console_of_the_relay_edits_its_lists_by_addresses_in_any_form():
+    with ServerProcess("--console", "full", role="hbbr") as relay:
+        for command, left in (
+                ("ba 2001:db8::1|192.0.2.7|192.0.2.8", ["192.0.2.7", "192.0.2.8",
+                                                        "2001:db8::1"]),
+                ("br 2001:DB8:0::1|::ffff:192.0.2.7", ["192.0.2.8"]),
+                ("ba 192.0.2.9|nonsense", ["192.0.2.8"]), ("br all", [])):
+            assert console(relay, "relay", command).strip() == ""
+            assert console(relay, "relay", "b").split() == left
+            assert relay.read("blacklist.txt").split() == left
+
+
 @pytest.mark.parametrize("command", ["usage", "u"])
 def test_console_of_the_relay_tells_the_usage(server, command):
     one, two = open_pair(server)
