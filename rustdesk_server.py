@@ -11042,18 +11042,23 @@ class RelayWatch:
             self.loop.later(RELAY_CHECK_SECONDS, self.check)
             return
         self.need_resolver()
-        self.resolver.run(lambda: resolve_relays(self.names), self.on_resolved)
+        names = self.names
+        self.resolver.run(lambda: resolve_relays(names),
+                          lambda targets: self.on_resolved(names, targets))
 
-    def on_resolved(self, targets):
+    def on_resolved(self, names, targets):
         """Names have become addresses: connect to them."""
         failed = isinstance(targets, Exception)
-        RelayCheck(self.loop, () if failed else targets, self.on_health)
+        RelayCheck(self.loop, () if failed else targets,
+                   lambda healthy: self.on_health(names, healthy))
 
-    def on_health(self, healthy):
+    def on_health(self, names, healthy):
         """Relays have answered or not: say what changed, and try again in a
         while."""
         self.loop.later(RELAY_CHECK_SECONDS, self.check)
-        silent, self.silent = self.silent, set(self.names) - healthy
+        if names != self.names:
+            return  # the list is another one by now
+        silent, self.silent = self.silent, set(names) - healthy
         self.server.rendezvous.relays.on_health(healthy)
         for name in sorted(self.silent - silent):
             self.log.warn(f"relay {name} does not answer")
