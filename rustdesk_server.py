@@ -11192,9 +11192,10 @@ class StoreKeeper:
 
     def reopen(self):
         """The store could not be opened: try again, quietly."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
         try:
-            if os.path.exists(self.store.path):
-                self.store.load()  # it may have come from elsewhere meanwhile
+            os.close(os.open(self.store.path, flags, 0o600))  # or reading it is in vain
+            self.store.load()  # it may have come from elsewhere meanwhile
             self.store.open()
             self.log.info(f"{self.store.path} can be written again")
         except OSError:
