@@ -11279,6 +11279,7 @@ class Supervisor:
         if self.path:
             try:
                 with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+                    sock.settimeout(0.5)  # whoever listens may have stopped reading
                     sock.sendto("\n".join(lines).encode("utf-8"), self.path)
             except OSError:
                 pass  # it will notice by itself

@@ -18370,6 +18370,24 @@ def test_every_port_tells_its_health(server, name):
     assert answer.startswith(b"HTTP/1.1 200 ") and answer.endswith(b"\r\n\r\nok\n")
 
 
+def test_supervisor_that_reads_no_more_keeps_the_server_waiting_for_a_moment_only(
+        tmp_path):
+    path = str(tmp_path / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as deaf:
+        deaf.bind(path)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as filler:
+            filler.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                while filler.sendto(b"x", path):
+                    pass
+        supervisor = rustdesk_server.Supervisor({"NOTIFY_SOCKET": path})
+        telling = threading.Thread(
+            target=supervisor.notify, args=("READY=1",), daemon=True)
+        telling.start()
+        telling.join(DEADLINE_SECONDS)
+        assert not telling.is_alive()
+
+
 def test_supervisor_is_told_of_readiness_reload_and_stop(tmp_path):
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as told:
         told.bind(str(tmp_path / "notify"))
