@@ -7825,7 +7825,8 @@ class Log:
 
     def rotate(self):
         """Keep the file under a second name and begin it anew."""
-        os.replace(self.path, self.path + ".1")
+        with contextlib.suppress(FileNotFoundError):  # somebody has moved it
+            os.replace(self.path, self.path + ".1")
         old, self.descriptor = self.descriptor, self.open_file()
         os.close(old)
 

@@ -9587,6 +9587,18 @@ def test_log_file_has_a_cap_and_one_predecessor(tmp_path, monkeypatch):
     assert numbers == list(range(numbers[0], 100)) and len(numbers) > 25
 
 
+def test_log_file_that_somebody_has_moved_does_not_grow_for_ever(
+        tmp_path, monkeypatch):
+    monkeypatch.setattr(rustdesk_server.Log, "FILE_BYTES", 1000)
+    log = rustdesk_server.Log(path=str(tmp_path / "log"))
+    (tmp_path / "log").rename(tmp_path / "moved")
+    for number in range(100):
+        log.info(f"line {number}")
+        log.flush()
+    assert (tmp_path / "moved").stat().st_size < 1050
+    assert "line 99" in (tmp_path / "log").read_text()
+
+
 def test_log_file_that_cannot_be_renamed_is_written_on(tmp_path, monkeypatch):
     monkeypatch.setattr(rustdesk_server.Log, "FILE_BYTES", 10)
     (tmp_path / "log.1").mkdir()
