@@ -11904,8 +11904,9 @@ def list_settings(config):
 
 
 def show_value(attribute, value):
-    """A setting's value for an operator's eyes; never a secret key."""
-    if attribute == "key_priv" or attribute == "key" and value and len(value) > 60:
+    """A setting's value for an operator's eyes; never a secret key or token."""
+    if attribute in ("key_priv", "status_token") or (
+            attribute == "key" and value and len(value) > 60):
         return "(secret)" if value else ""
     if isinstance(value, tuple):
         return ",".join(map(show_item, value))

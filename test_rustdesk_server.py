@@ -18283,6 +18283,14 @@ def test_config_tells_where_a_setting_came_from(tmp_path):
     assert rows["bind"] == ("", "default")
 
 
+def test_config_shows_neither_secret_keys_nor_tokens(tmp_path):
+    secret = rustdesk_server.encode_base64(bytes(64))
+    status, said = maintain(tmp_path, "config", "--key", secret, "--key-priv", secret,
+                            "--status-token", "hush-hush")
+    assert status == 0 and secret not in said and "hush-hush" not in said
+    assert said.count("(secret)") == 3
+
+
 def test_reload_takes_what_can_change_and_names_what_waits():
     with ServerProcess() as server:
         path = os.path.join(server.directory, ".env")
