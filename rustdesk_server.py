@@ -8902,6 +8902,7 @@ class Connection(Link):
             except OSError:
                 self.close()
                 return
+            self.unsent = bytearray() if data else b""  # grows without being copied
         self.unsent += data
         if len(self.unsent) > MAX_UNSENT_BYTES:
             self.server.refuse(Refusal.SLOW_READER, str(self.address))
