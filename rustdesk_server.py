@@ -9003,7 +9003,7 @@ class Pipe:
         self.source, self.sink = source, sink
         self.session, self.server = session, source.server
         self.flow = flow
-        self.unsent = None  # a memoryview of what the sink has not taken
+        self.unsent = None  # what the sink has not taken
         self.ended = None  # the word of an end that waits until `unsent` has left
         self.reverse = None
 
@@ -9054,8 +9054,10 @@ class Pipe:
 
     def hold(self, data):
         """Keep what the sink does not take, and stop reading the source."""
-        held, server = b"" if self.unsent is None else self.unsent, self.server
-        self.unsent = memoryview(b"".join((held, data)))
+        server = self.server
+        if self.unsent is None:
+            self.unsent = bytearray()
+        self.unsent += data  # pongs come in many pieces: no copy of all for each
         server.held_bytes += len(data)
         self.source.watch(self.source.interest & ~READ)
         self.sink.watch(self.sink.interest | WRITE)
@@ -9082,8 +9084,8 @@ class Pipe:
             self.server.end_session(self.session, "broken", self.sink)
             return
         self.server.held_bytes -= sent
-        if sent < len(self.unsent):
-            self.unsent = self.unsent[sent:]
+        del self.unsent[:sent]
+        if self.unsent:
             return
         self.unsent = None
         self.sink.watch(self.sink.interest & ~WRITE)
