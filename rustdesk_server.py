@@ -13449,6 +13449,8 @@ def order(command):
 def ask_door(role, line):
     """[the reply] of a running server to a line; [] if none runs in this
     role."""
+    if not hasattr(socket, "AF_UNIX"):  # on Windows it has no door
+        return []
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         sock.settimeout(ORDER_SECONDS)
         try:

@@ -18283,6 +18283,11 @@ def test_config_tells_where_a_setting_came_from(tmp_path):
     assert rows["bind"] == ("", "default")
 
 
+def test_system_without_unix_sockets_has_no_server_to_be_asked(monkeypatch):
+    monkeypatch.delattr(socket, "AF_UNIX")
+    assert rustdesk_server.ask_door("both", ["status"]) == []
+
+
 def test_config_shows_neither_secret_keys_nor_tokens(tmp_path):
     secret = rustdesk_server.encode_base64(bytes(64))
     status, said = maintain(tmp_path, "config", "--key", secret, "--key-priv", secret,
