@@ -263,8 +263,8 @@ SHARE_SECONDS = 0.05
 #: official server has by default.
 UNREACHABLE_MEGABITS = 100_000
 
-#: How often ids are looked for that never came back.
-UNTRIED_CHECK_SECONDS = 3600
+#: How often ids are looked for that never came back, and at how many a second.
+TIDY_SECONDS, TIDY_SLICE = 3600, 1000
 
 #: How often it is looked who has come online or gone, where somebody wants to
 #: know.
@@ -2798,11 +2798,6 @@ def nacl_public_key(seed):
     return nacl_bindings.crypto_sign_seed_keypair(seed)[0]
 
 
-def nacl_sign(message, secret):
-    """The same by libsodium."""
-    return nacl_bindings.crypto_sign(message, secret)
-
-
 def built_in_shared_key(public, secret):
     """The key of a crypto_box: X25519 (RFC 7748 5), then HSalsa20.
 
@@ -2908,11 +2903,6 @@ def nacl_shared_key(public, secret):
         raise ValueError(str(error)) from None
 
 
-def nacl_seal(message, nonce, key):
-    """The same by libsodium."""
-    return nacl_bindings.crypto_secretbox(message, nonce, key)
-
-
 def nacl_open(sealed, nonce, key):
     """The same by libsodium."""
     try:
@@ -2922,8 +2912,9 @@ def nacl_open(sealed, nonce, key):
 
 
 if nacl_bindings:
-    public_key_of, sign = nacl_public_key, nacl_sign
-    shared_key, seal, unseal = nacl_shared_key, nacl_seal, nacl_open
+    public_key_of, sign = nacl_public_key, nacl_bindings.crypto_sign
+    seal = nacl_bindings.crypto_secretbox
+    shared_key, unseal = nacl_shared_key, nacl_open
 else:
     public_key_of, sign = built_in_public_key, built_in_sign
     shared_key, seal, unseal = built_in_shared_key, built_in_seal, built_in_open
@@ -3902,7 +3893,8 @@ limit("frame-bytes", MAX_FRAME_BYTES, "bytes",
 limit("online-request-bytes", MAX_ONLINE_REQUEST_BYTES, "bytes",
       "A whole address book, 12 bytes an id.", fixed=True)
 limit("secured-frame-bytes", MAX_SECURED_FRAME_BYTES, "bytes",
-      "An encrypted request to a web API.", fixed=True)
+      "An encrypted request to a web API; without PyNaCl `frame-bytes` holds.",
+      fixed=True)
 limit("relay-request-bytes", MAX_RELAY_REQUEST_BYTES, "bytes",
       "A relay link's first message, with a login token.", fixed=True)
 limit("datagram-bytes", MAX_DATAGRAM_BYTES, "bytes",
@@ -6173,30 +6165,23 @@ class Rendezvous:
         for peer_id in before - self.were_online:
             yield Event("peer-offline", peer_id, "")
 
-    def release_unseen(self, wall):
-        """Let ids go to the next device that claims them, which were not seen
-        for as long as the operator says."""
-        limit = wall - 86400 * self.config.reclaim_after
-        if not self.config.reclaim_after:
-            return
-        for peer in list(self.store.peers.values()):
-            if (max(peer.seen, peer.created) < limit and not peer.state
-                    and peer.peer_id not in self.registrations):
-                yield Report("released", f"{peer.peer_id!a} was not seen for "
-                                         f"{self.config.reclaim_after} days")
-                yield from self.rewrite(peer.changed(state=RELEASED), lambda ok: None)
-
-    def forget_untried(self, wall):
-        """Forget ids that were never seen again after their first hour, and
-        that long ago; a wave of forged ones would fill the store."""
-        if self.config.enroll != "open" or not self.limits.untried_days:
-            return
-        limit = wall - 86400 * self.limits.untried_days
-        for peer in list(self.store.peers.values()):
-            if (peer.is_untried() and peer.seen < limit and not peer.state
-                    and peer.peer_id not in self.registrations):
-                yield Report("forgotten", f"{peer.peer_id!a} never came back")
+    def tidy(self, peer_ids, wall):
+        """Of some peers: forget those that were never seen again after their first
+        hour, and that long ago, since a wave of forged ones would fill the store;
+        release those that were not seen for as long as the operator says."""
+        untried_days = self.limits.untried_days if self.config.enroll == "open" else 0
+        for peer_id in peer_ids:
+            peer = self.store.peers.get(peer_id)
+            if peer is None or peer.state or peer_id in self.registrations:
+                continue
+            days = (wall - max(peer.seen, peer.created)) / 86400
+            if untried_days and peer.is_untried() and days > untried_days:
+                yield Report("forgotten", f"{peer_id!a} never came back")
                 yield from self.rewrite(peer.changed(state=FORGOTTEN), lambda ok: None)
+            elif self.config.reclaim_after and days > self.config.reclaim_after:
+                text = f"{peer_id!a} was not seen for {days:.0f} days"
+                yield Report("released", text)
+                yield from self.rewrite(peer.changed(state=RELEASED), lambda ok: None)
 
     def report_unanswered(self, awaited, now):
         """The target was called and did not answer: what an operator needs to
@@ -6318,8 +6303,7 @@ class Session:
         self.cap = cap  # its own `Cap`, or None
         self.flows = Flow(), Flow()
         if capped:
-            for flow in self.flows:
-                flow.limit()
+            self.hold_back()
         self.carried = self.uncharged = self.ticked_bytes = 0
         self.slowed = False
         self.rate = self.highest = 0.0  # kb/s in the last second, and at most
@@ -6355,6 +6339,11 @@ class Session:
                 starved = starved or flow.starved
                 flow.grant(share)
         return starved
+
+    def hold_back(self):
+        """Let both directions ask before they move much."""
+        for flow in self.flows:
+            flow.limit()
 
     def release(self):
         """Carry whatever comes; whether a flow was starved."""
@@ -6610,8 +6599,7 @@ class Relay:
     def open_session(self, peer_id, first, second, now):
         """A session of two links, with the bandwidth that it may have."""
         slowed = first.address.ip in self.slowed or second.address.ip in self.slowed
-        config = self.config
-        cap = cap_of(config.limit_speed if slowed else config.single_bandwidth, now)
+        cap = self.cap_for(slowed, now)
         session = Session(next(self.numbers), peer_id, first, second, cap,
                           cap is not None or self.total is not None, now)
         session.slowed = slowed
@@ -6672,25 +6660,30 @@ class Relay:
         config, age = self.config, now - session.started
         if (age > config.downgrade_start_check and session.carried / age
                 > session.cap.rate * config.downgrade_threshold):
-            session.slowed, session.cap = True, cap_of(config.limit_speed, now)
-            for flow in session.flows:
-                flow.limit()
+            session.slowed, session.cap = True, self.cap_for(True, now)
+            session.hold_back()
             if not self.is_capped(session) and session.release():
                 yield Resume(session)
             yield Report("downgraded", f"session {session.number} after {age:.0f} s")
 
     # -- bandwidth -------------------------------------------------------------
 
-    def set_total(self, now):
-        """Take the cap of all sessions from the configuration."""
-        had_total = self.total is not None
-        self.total = cap_of(self.config.total_bandwidth, now)
+    def cap_for(self, slowed, now):
+        """The cap of a session, or None."""
+        config = self.config
+        return cap_of(config.limit_speed if slowed else config.single_bandwidth, now)
+
+    def set_caps(self, now):
+        """Take the caps from a new configuration, for the sessions that there
+        are."""
+        had_total, self.total = self.total, cap_of(self.config.total_bandwidth, now)
         for session in self.sessions.values():
             session.settle()  # before its allowance is another one
-            if session.cap is None and self.total and not had_total:
-                for flow in session.flows:
-                    flow.limit()
-            elif session.cap is None and not self.total and session.release():
+            was_capped = had_total is not None or session.cap is not None
+            session.cap = self.cap_for(session.slowed, now)
+            if self.is_capped(session) and not was_capped:
+                session.hold_back()
+            elif not self.is_capped(session) and session.release():
                 yield Resume(session)
 
     def total_carried(self):
@@ -7044,6 +7037,7 @@ METRICS = (
     ("rustdesk_peers_known", "gauge", "Known peers.", "peers_known"),
     ("rustdesk_peers_online", "gauge", "Peers that are online.", "peers_online"),
     ("rustdesk_connections", "gauge", "Open TCP connections.", "connections"),
+    ("rustdesk_sessions", "gauge", "Relayed sessions.", "sessions_open"),
     ("rustdesk_relayed_bytes_total", "counter", "Bytes relayed.", "relayed_bytes"),
 )
 
@@ -7053,8 +7047,6 @@ def metrics_text(snapshot):
     lines = []
     for name, kind, text, key in METRICS:
         lines += metric_head(name, kind, text) + [f"{name} {snapshot[key]}"]
-    lines += metric_head("rustdesk_sessions", "gauge", "Relayed sessions.")
-    lines.append(f"rustdesk_sessions {len(snapshot['sessions'])}")
     name = "rustdesk_outcomes_total"
     lines += metric_head(name, "counter", "Outcomes and refusals by their word.")
     lines += [f'{name}{{outcome="{word}"}} {count}'
@@ -7544,12 +7536,11 @@ def page_warnings(snapshot):
 
 def page_tiles(snapshot):
     """The four numbers that say most."""
-    rate = sum(session["bits_per_second"] for session in snapshot["sessions"])
     tiles = (
         ("Peers online", number_text(snapshot["peers_online"]),
          f"of {snapshot['peers_known']:,} known"),
-        ("Relayed sessions", number_text(len(snapshot["sessions"])),
-         f"at {scaled(rate, 'bit/s')} together"),
+        ("Relayed sessions", number_text(snapshot["sessions_open"]),
+         f"at {scaled(snapshot['bits_per_second'], 'bit/s')} together"),
         ("Relayed", number_text(*scaled(snapshot["relayed_bytes"], "B").split("\xa0")),
          "since the start"),
         ("Connections", number_text(snapshot["connections"]), "open right now"))
@@ -7652,7 +7643,7 @@ def page_sessions(snapshot):
     body = page_table(("Peer", "Rate", "Time", "Carried", "Between"), rows)
     if not snapshot["sessions"]:
         body = page_none("Nobody is relayed right now.")
-    body += page_more(len(snapshot["sessions"]) - PAGE_SESSIONS, "sessions")
+    body += page_more(snapshot["sessions_open"] - PAGE_SESSIONS, "sessions")
     return page_card("Sessions", "relayed right now", body, "wide sessions")
 
 
@@ -8028,6 +8019,9 @@ FREE_PENDING_BYTES = 4096
 #: header it would be 1.4 MB, which no relay takes.
 TICKETS_GREETING = b"RUSTDESK-TICKETS 1\n"
 
+#: What a connect without waiting may answer when it has not failed.
+CONNECTING = (0, errno.EINPROGRESS, errno.EWOULDBLOCK)
+
 #: Listeners that speak plain HTTP only.
 NO_WEBSOCKET = (Listener.API, Listener.STATUS)
 
@@ -8104,15 +8098,20 @@ class StreamListener:
             self.server.log.error(
                 f"cannot accept on {self.address}: {error.strerror}"
                 f"{remedy if error.errno in (errno.EMFILE, errno.ENFILE) else ''}")
-        loop.change(self.socket, READ, 0, self.on_events)
-        loop.later(1.0, lambda: self.socket.fileno() >= 0 and loop.watch(
-            self.socket, READ, self.on_events))
+        pause(loop, self)
 
     def close(self):
         """Stop listening."""
         if self.socket in self.server.loop.selector.get_map():
             self.server.loop.change(self.socket, READ, 0, self.on_events)
         self.socket.close()
+
+
+def pause(loop, listener):
+    """Let a listener accept nothing for a second."""
+    sock, handler = listener.socket, listener.on_events
+    loop.change(sock, READ, 0, handler)
+    loop.later(1.0, lambda: sock.fileno() >= 0 and loop.watch(sock, READ, handler))
 
 
 class DatagramListener:
@@ -8433,11 +8432,11 @@ class Connection(Link):
         """From now on a session's pipes read and write for this connection."""
         if self.patience is not None:
             self.be_patient(None)
-        if self.held:
-            self.account(0)
         self.become(State.PAIRED, reader)
         self.on_writable = writer
         self.pending, self.framing = b"", None
+        if self.held:
+            self.account()
         self.watch(READ)
 
     def is_alive(self):
@@ -8622,7 +8621,8 @@ class Connection(Link):
         if self.channel is None:
             raise Refused(Refusal.SECURE_FAILED, "a key exchange that was not offered")
         self.channel.agree(message)
-        self.framing.max_size = MAX_SECURED_FRAME_BYTES
+        if nacl_bindings is not None:  # ours takes a second for a MiB
+            self.framing.max_size = MAX_SECURED_FRAME_BYTES
 
     def on_nothing(self, data):
         """There was nothing to read (None), or the other side has ended
@@ -8676,11 +8676,13 @@ class Connection(Link):
                 framing.skim()
             self.answer_control(framing)
         if self.framing is not None and (self.held or self.framing.pending):
-            self.account(self.framing.pending)
+            self.account()
 
-    def account(self, size):
+    def account(self):
         """Count the bytes that are kept here, if they are many; a connection
-        for which there is no room ends."""
+        for which there is no room is cut."""
+        pending = self.framing.pending if self.framing is not None else 0
+        size = pending + len(self.unsent)
         size = size if size > FREE_PENDING_BYTES else 0
         more, server = size - self.held, self.server
         if more:
@@ -8688,7 +8690,7 @@ class Connection(Link):
             server.pending_bytes += more
             if more > 0 and server.pending_bytes > server.limits.pending_bytes:
                 server.refuse(Refusal.NO_ROOM, f"{self.address} keeps {size} bytes")
-                self.end()
+                self.close()
 
     def answer_control(self, framing):
         """Send what the WebSocket itself owes: a pong, or the answer to a
@@ -8716,7 +8718,7 @@ class Connection(Link):
                 return
             self.answer_control(self.framing)
         if self.framing is not None:
-            self.account(self.framing.pending)
+            self.account()
 
     def read_away(self):
         """Throw away what comes, until the other side ends too."""
@@ -8771,6 +8773,8 @@ class Connection(Link):
             rest = self.pending[size:]
             self.become(State.BODY, self.read_body)
             self.body, self.pending = request.body_size, self.plain_answer(request)
+            if request.method == "HEAD":
+                self.pending = self.pending.partition(b"\r\n\r\n")[0] + b"\r\n\r\n"
             self.on_body_bytes(rest)
             return
         response, accepted = answer_handshake(request)
@@ -8917,12 +8921,15 @@ class Connection(Link):
             self.close()
         elif self.unsent:
             self.watch(self.interest | WRITE)
+            self.account()
 
     def flush(self):
         """The socket takes more."""
         data, self.unsent = self.unsent, b""
         self.watch(self.interest & ~WRITE)
         self.write(data)
+        if self.held and not self.unsent:
+            self.account()
         if self.state is State.ENDING and not self.unsent:
             self.shut_down()
 
@@ -8980,8 +8987,6 @@ class Connection(Link):
         self.ended = True
         self.become(State.CLOSED, self.read_nothing)
         self.be_patient(None)
-        if self.held:
-            self.account(0)
         self.server.crowd.leave(self)
         if self.timer is not None:
             self.timer.cancel()
@@ -8990,6 +8995,8 @@ class Connection(Link):
         if self.proxied:
             self.server.pseudo_addresses.discard(self.address)
         self.pending = self.unsent = b""
+        if self.held:
+            self.account()
         self.server.on_closed(self)
         self.on_readable = self.on_writable = None  # or it would refer to itself
         if then is not None:
@@ -9113,7 +9120,7 @@ class Pipe:
     def go_on(self):
         """There is bandwidth again."""
         if self.source is not None and self.unsent is None and not (
-                self.ended or self.reverse.ended):
+                self.flow.starved or self.ended or self.reverse.ended):
             self.source.watch(self.source.interest | READ)
 
     def on_end(self, word):
@@ -9261,8 +9268,7 @@ class RelayCheck:
         """Start one connect."""
         sock = socket.socket(family, socket.SOCK_STREAM)
         sock.setblocking(False)
-        waiting = (0, errno.EINPROGRESS, errno.EWOULDBLOCK)
-        if sock.connect_ex(sockaddr) not in waiting:
+        if sock.connect_ex(sockaddr) not in CONNECTING:
             sock.close()
             return
         self.sockets[sock] = name
@@ -9350,9 +9356,11 @@ class Announcer:
             if hasattr(socket, "TCP_USER_TIMEOUT"):
                 self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT,
                                        self.TAKEN_MILLISECONDS)
-            self.socket.connect_ex(sockaddr)
-        except OSError as error:
-            self.fail(error.strerror)
+            error = self.socket.connect_ex(sockaddr)
+        except OSError as trouble:
+            error = trouble.errno
+        if error not in CONNECTING:
+            self.fail(os.strerror(error))
             return
         self.timer = self.server.loop.later(
             self.GREETING_SECONDS, lambda: self.fail("it takes no tickets: has it the "
@@ -9929,6 +9937,10 @@ class Server:
         session = action.session
         joined = join(session)
         self.pipes[session.number] = tuple(pipe for pipe, _ in joined)
+        for pipe, _ in joined:
+            if pipe.sink is not None and pipe.sink.unsent:  # pongs, say
+                unsent, pipe.sink.unsent = pipe.sink.unsent, b""
+                pipe.hold(unsent)
         for pipe, early in joined:
             if early and pipe.source is not None:
                 pipe.flow.allowance -= len(early)
@@ -10072,6 +10084,7 @@ class Server:
         if self.store is not None:
             self.keeper.tend()
             self.keeper.save_some_seen()
+            self.keeper.tidy_some()
         if self.draining and not self.relay.sessions:
             self.loop.stop()
         self.supervisor.beat(now, self.summary)
@@ -10079,9 +10092,6 @@ class Server:
         if self.ticks % 60 == 0:
             self.report_kept_back()
             self.status.note_minute()
-        if self.store is not None and self.ticks % UNTRIED_CHECK_SECONDS == 0:
-            self.perform(self.rendezvous.forget_untried(int(time.time())))
-            self.perform(self.rendezvous.release_unseen(int(time.time())))
         if (self.store is not None and self.events is not None
                 and self.ticks % PRESENCE_SECONDS == 0):
             self.perform(self.rendezvous.presence(now))
@@ -10195,7 +10205,7 @@ class Server:
                 self.cut(link)
         if self.relay is not None:
             self.relay.key.accepted = config.accept_key
-            self.perform(self.relay.set_total(self.loop.now))
+            self.perform(self.relay.set_caps(self.loop.now))
             for session in list(self.relay.sessions.values()):
                 if session.peer_id and rules.refuses_id(session.peer_id):
                     self.end_session(session, "cut")
@@ -10449,14 +10459,18 @@ class Door:
         """A subcommand comes."""
         try:
             sock, _ = self.socket.accept()
-        except OSError:
+        except (BlockingIOError, ConnectionAbortedError):
+            return
+        except OSError:  # no descriptor is left
+            pause(self.server.loop, self)
             return
         sock.setblocking(False)
         Visit(self, sock)
 
     def close(self):
         """Let nobody in any more."""
-        self.server.loop.change(self.socket, READ, 0, None)
+        if self.socket in self.server.loop.selector.get_map():
+            self.server.loop.change(self.socket, READ, 0, None)
         self.socket.close()
         with contextlib.suppress(OSError):
             os.unlink(self.path)
@@ -10872,8 +10886,7 @@ class StatusService:
     FIELDS = ("Cache-Control: no-store", "Referrer-Policy: no-referrer",
               "X-Content-Type-Options: nosniff", "X-Frame-Options: DENY",
               "Cross-Origin-Resource-Policy: same-origin",
-              "Content-Security-Policy: default-src 'none'; "
-              "style-src 'unsafe-inline'; img-src data:")
+              f"Content-Security-Policy: {PAGE_POLICY}")
 
     def __init__(self, server):
         self.server = server
@@ -10969,14 +10982,16 @@ class StatusService:
     def sessions(self):
         """What is relayed now, and was."""
         relay, now = self.server.relay, self.server.loop.now
-        if relay is None:
-            return {"sessions": [], "relayed_bytes": 0}
-        return {"relayed_bytes": relay.total_carried(), "sessions": [
-            session_facts(session, now) for session in relay.sessions.values()]}
+        sessions = relay.sessions.values() if relay is not None else ()
+        shown = itertools.islice(sessions, SHOWN_SESSIONS)
+        return {"relayed_bytes": relay.total_carried() if relay is not None else 0,
+                "sessions_open": len(sessions),
+                "bits_per_second": round(1000 * sum(one.rate for one in sessions)),
+                "sessions": [session_facts(session, now) for session in shown]}
 
 
-#: Peers that the status shows; `peers` shows all.
-SHOWN_PEERS = 2000
+#: Peers and sessions that the status shows; the commands show all.
+SHOWN_PEERS, SHOWN_SESSIONS = 2000, 2000
 
 
 def is_own_host(request):
@@ -11097,6 +11112,7 @@ class StoreKeeper:
         self.syncing = False
         self.compact_after = 0.0  # not before, since it failed
         self.unsaved = []  # peer ids whose last-seen time is looked at next
+        self.untidied = iter(())  # peer ids that are looked through next
 
     def open(self):
         """Open the store for writing, and say what was found in it."""
@@ -11166,6 +11182,15 @@ class StoreKeeper:
             self.unsaved = list(self.server.rendezvous.registrations)
         part, self.unsaved = self.unsaved[:SEEN_SLICE], self.unsaved[SEEN_SLICE:]
         self.save_seen(part)
+
+    def tidy_some(self):
+        """Second by second, once in an hour, some of the peers: are they to be
+        kept?"""
+        if self.server.ticks and self.server.ticks % TIDY_SECONDS == 0:
+            self.untidied = iter(list(self.store.peers))
+        part = list(itertools.islice(self.untidied, TIDY_SLICE))
+        if part:
+            self.server.perform(self.server.rendezvous.tidy(part, int(time.time())))
 
     def save_seen(self, peer_ids):
         """Store when peers were seen last, an hour or more after what is

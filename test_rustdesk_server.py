@@ -4634,8 +4634,9 @@ BOTH_SIGNERS = pytest.mark.parametrize("kind", ["built_in", "nacl"])
 
 
 def of_kind(kind, name):
-    """One of the two makes of a primitive."""
-    return getattr(rustdesk_server, f"{kind}_{name}")
+    """A function of the built-in cryptography, or of libsodium's, which is in force
+    where there is PyNaCl."""
+    return getattr(rustdesk_server, name if kind == "nacl" else f"{kind}_{name}")
 
 
 def seeded(seed=SEED):
@@ -4678,14 +4679,14 @@ def test_both_signers_agree_byte_for_byte():
         public = rustdesk_server.built_in_public_key(seed)
         assert public == rustdesk_server.nacl_public_key(seed)
         signed = rustdesk_server.built_in_sign(message, seed + public)
-        assert signed == rustdesk_server.nacl_sign(message, seed + public)
+        assert signed == nacl.bindings.crypto_sign(message, seed + public)
         assert nacl.bindings.crypto_sign_open(signed, public) == message
 
 
 def test_signatures_are_verified_as_libsodium_does():
     """Also those that were changed anywhere, are too short or of another key."""
     rng = random.Random(11)
-    signed = rustdesk_server.nacl_sign(rng.randbytes(32), THE_SECRET)
+    signed = nacl.bindings.crypto_sign(rng.randbytes(32), THE_SECRET)
     public = THE_SECRET[32:]
     cases = [(public, signed), (public, signed[:63]), (public, b""),
              (public, signed + b"x"), (rng.randbytes(32), signed),
@@ -4705,7 +4706,7 @@ def test_both_signers_agree_at_the_edges(seed):
     public = rustdesk_server.built_in_public_key(seed)
     assert public == rustdesk_server.nacl_public_key(seed)
     assert rustdesk_server.built_in_sign(b"", seed + public) == (
-        rustdesk_server.nacl_sign(b"", seed + public))
+        nacl.bindings.crypto_sign(b"", seed + public))
 
 
 # -- secured connections -----------------------------------------------------------
@@ -4739,13 +4740,13 @@ def test_both_makes_of_boxes_agree_byte_for_byte():
         key = rustdesk_server.built_in_shared_key(public, secret)
         assert key == rustdesk_server.nacl_shared_key(public, secret)
         sealed = rustdesk_server.built_in_seal(message, nonce, key)
-        assert sealed == rustdesk_server.nacl_seal(message, nonce, key)
+        assert sealed == nacl.bindings.crypto_secretbox(message, nonce, key)
         assert rustdesk_server.built_in_open(sealed, nonce, key) == message
 
 
 @BOTH_SIGNERS
 def test_boxes_that_were_changed_do_not_open(kind):
-    sealed = rustdesk_server.nacl_seal(b"message", bytes(24), SESSION_KEY)
+    sealed = nacl.bindings.crypto_secretbox(b"message", bytes(24), SESSION_KEY)
     for i in range(len(sealed)):
         changed = sealed[:i] + bytes([sealed[i] ^ 1]) + sealed[i + 1:]
         with pytest.raises(ValueError):
@@ -5717,8 +5718,22 @@ def test_exempt_networks_may_bring_any_number_of_new_ids():
     assert admits == [True, True, True, False]
 
 
+def test_new_cap_holds_the_sessions_that_there_are_and_its_end_frees_them():
+    world = RelayWorld()
+    session = world.paired()
+    world.config.single_bandwidth = 8.0
+    assert list(world.role.set_caps(NOW + 1)) == []
+    assert (session.cap.rate, session.flows[0].allowance) == (
+        1 << 20, rustdesk_server.Flow.LEAST_BYTES)
+    world.config.single_bandwidth = None
+    session.flows[0].starved = True
+    assert list(world.role.set_caps(NOW + 2)) == [rustdesk_server.Resume(session)]
+    assert session.cap is None and session.flows[1].allowance > 10**15
+
+
 def test_caps_that_no_process_reaches_hold_nothing_up():
-    assert rustdesk_server.cap_of(None, 0.0) is rustdesk_server.cap_of(100_000, 0) is None
+    assert rustdesk_server.cap_of(None, 0.0) is None
+    assert rustdesk_server.cap_of(100_000.0, 0.0) is None
     assert rustdesk_server.cap_of(99_999.0, 0.0).rate == 99_999.0 * 131072
 
 
@@ -6806,6 +6821,31 @@ def test_answers_to_datagrams_are_no_longer_than_questions():
 # -- events and stuck ids --------------------------------------------------------
 
 
+def test_id_that_never_came_back_is_forgotten_after_its_days():
+    world, day = World(), 86_400
+    world.register()
+    peer = world.store.peers[B_ID]
+    peer.created, peer.seen = 10 * day, 10 * day + 60
+    world.role.end_route(B_ID)
+    for changes in {"enroll": "approve"}, {"enroll": "open"}:
+        for name, value in changes.items():
+            setattr(world.config, name, value)
+        world.outcome(lambda: world.role.tidy([B_ID, "nobody"], 40 * day))
+        assert B_ID in world.store.peers
+        world.outcome(lambda: world.role.tidy([B_ID], 41 * day))
+        assert (B_ID in world.store.peers) == (changes["enroll"] != "open")
+
+
+def test_id_that_came_back_once_is_not_forgotten():
+    world, day = World(), 86_400
+    world.register()
+    peer = world.store.peers[B_ID]
+    peer.created, peer.seen = 10 * day, 10 * day + 7200
+    world.role.end_route(B_ID)
+    world.outcome(lambda: world.role.tidy([B_ID], 400 * day))
+    assert B_ID in world.store.peers
+
+
 def test_new_device_clones_and_presence_are_events():
     world = World()
     world.register()
@@ -6822,12 +6862,12 @@ def test_id_that_nobody_used_for_so_long_goes_to_the_next_that_claims_it():
     world.register()
     peer, day = world.store.peers[B_ID], 86_400
     peer.created, peer.seen = 1, 10 * day
-    world.outcome(lambda: world.role.release_unseen(101 * day))
+    world.outcome(lambda: world.role.tidy([B_ID], 101 * day))
     assert world.store.peers[B_ID].state == ""  # it is registered
     world.role.end_route(B_ID)
-    world.outcome(lambda: world.role.release_unseen(100 * day))
+    world.outcome(lambda: world.role.tidy([B_ID], 100 * day))
     assert world.store.peers[B_ID].state == ""
-    world.outcome(lambda: world.role.release_unseen(101 * day))
+    world.outcome(lambda: world.role.tidy([B_ID], 101 * day))
     assert world.store.peers[B_ID].state == rustdesk_server.RELEASED
     other = world.register(uuid=b"another", pk=bytes(32), now=NOW + 9)
     assert other[-1].message.result == Result.OK
@@ -8410,7 +8450,7 @@ def test_session_is_free_again_when_the_cap_is_lifted():
     for flow in session.flows:
         flow.allowance, flow.starved = -1, True
     world.config.total_bandwidth = None
-    assert list(world.role.set_total(NOW + 2)) == [rustdesk_server.Resume(session)]
+    assert list(world.role.set_caps(NOW + 2)) == [rustdesk_server.Resume(session)]
     assert all(flow.allowance > 10**15 and not flow.starved for flow in session.flows)
 
 
@@ -8420,7 +8460,7 @@ def test_what_was_carried_counts_although_the_cap_has_changed_meanwhile():
     for number, cap in enumerate((1.0, None), 1):
         session.flows[0].allowance -= 1000
         world.config.total_bandwidth = cap
-        list(world.role.set_total(NOW + number))
+        list(world.role.set_caps(NOW + number))
         assert session.carried == 1000 * number
 
 
@@ -9249,6 +9289,8 @@ def snapshot_of(count, **changes):
         "peers_online": sum(peer["state"] == "online" for peer in peers),
         "connections": 31 * count, "relayed_bytes": 123456789012 if count else 0,
         "traffic": [1000000 * (n % 17) for n in range(60)] if count else [],
+        "sessions_open": len(sessions),
+        "bits_per_second": sum(one["bits_per_second"] for one in sessions),
         "hour": {"introduced": 31, "relay-arranged": 4, "offline": 2} if count else {},
         "limits_hit": {"too-many-strangers": 12} if count else {},
         "relays": [{"name": "relay.example:21117", "state": "answers", "for": ""}
