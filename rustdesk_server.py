@@ -4819,14 +4819,18 @@ class Ticket:
     once.
 
     `fault_of` judges the key that the initiator's link presents; None if it
-    needs none, since the initiator has shown it before.
+    needs none, since the initiator has shown it before.  `relay` is where the
+    target has said that it goes, once it has answered.
     """
 
-    __slots__ = ("peer_id", "fault_of", "used")
+    __slots__ = ("peer_id", "fault_of", "relay", "came", "refused", "used")
 
-    def __init__(self, peer_id, fault_of=None):
+    def __init__(self, peer_id, fault_of=None, relay=""):
         self.peer_id = peer_id
         self.fault_of = fault_of
+        self.relay = relay
+        self.came = False  # any link
+        self.refused = None  # (which end, why) of the last link that was
         self.used = False
 
 
@@ -4986,7 +4990,8 @@ Later = collections.namedtuple("Later", "seconds then")
 Report = collections.namedtuple("Report", "word text peer_id", defaults=("",))
 #: A session was arranged: let the relay carry it.  Where `needs_key` is true
 #: the initiator has yet to show there that it has the key.
-Arrange = collections.namedtuple("Arrange", "session_uuid peer_id needs_key")
+Arrange = collections.namedtuple(
+    "Arrange", "session_uuid peer_id needs_key relay", defaults=[""])
 #: Let the flows of a session move bytes again.
 Resume = collections.namedtuple("Resume", "session")
 #: Tell the command of `--on-event`, if there is one; `text` may be anything that
@@ -5943,8 +5948,9 @@ class Rendezvous:
             response.pk = self.signed_identity(awaited, answer)
         text = f"{awaited.link.address} meets {awaited.peer_id!a} at the relay"
         yield Report("relay-arranged", text, awaited.peer_id)
-        if awaited.call is not Call.RELAY and usable_session_uuid(answer.uuid):
-            yield Arrange(answer.uuid, awaited.peer_id, False)
+        if usable_session_uuid(answer.uuid):
+            yield Arrange(answer.uuid, awaited.peer_id, awaited.call is Call.RELAY,
+                          answer.relay_server or "this relay")
         yield Send(awaited.link, response)
         yield Close(origin.link)
 
@@ -6409,11 +6415,11 @@ def towards(request):
     return f" to {request.id[:MAX_ID_BYTES]!a}" if request.id else ""
 
 
-def sides(link):
-    """Which end of a session a relay link is, and which it is not: initiators
-    name their peer."""
+def sides(request):
+    """Which end of a session a relay link is for, and which it is not:
+    initiators name their peer."""
     ends = "the initiator", "the controlled device"
-    return ends if link.errand.id else ends[::-1]
+    return ends if request.id else ends[::-1]
 
 
 class Relay:
@@ -6473,6 +6479,9 @@ class Relay:
     def turn_away(self, link, refusal, detail=""):
         """Refuse a link and end it."""
         request, link.errand = link.errand, None
+        ticket = self.ticket(request.uuid)
+        if ticket is not None and refusal is not Refusal.LONELY:
+            ticket.refused = sides(request)[0], refusal
         where = f"{link.address}{towards(request)}"
         yield Refuse(refusal, f"relay link from {where}{detail}",
                      self.peer_of(request))
@@ -6504,7 +6513,9 @@ class Relay:
 
     def on_ticket(self, session_uuid, ticket, now):
         """The ID server has arranged a session: its links are welcome."""
-        if self.ticket(session_uuid) is not None:
+        known = self.ticket(session_uuid)
+        if known is not None:
+            known.relay = known.relay or ticket.relay
             return  # arranged before, and perhaps used
         table = self.tickets if ticket.fault_of is None else self.strange_tickets
         table.put(session_uuid, ticket, now)
@@ -6534,6 +6545,8 @@ class Relay:
     def arrive(self, link, ticket, now):
         """A link that may be carried: its partner is there, or it waits."""
         request = link.errand
+        if ticket is not None:
+            ticket.came = True
         refusal = self.ticket_refusal(ticket, request)
         if refusal is not None:
             yield from self.turn_away(link, refusal)
@@ -6630,22 +6643,41 @@ class Relay:
         if self.waiting.table.get(link.errand.uuid) is link:
             self.waiting.discard(link.errand.uuid)
             yield Refuse(Refusal.LONELY, (
-                f"relay link from {link.address}{towards(link.errand)} left: it is "
-                "{}, and {} had not come yet".format(*sides(link))),
+                f"relay link from {link.address}{towards(link.errand)} left: "
+                f"{self.loneliness(link.errand, 'had not come yet')}"),
                 self.peer_of(link.errand))
+
+    def loneliness(self, request, otherwise):
+        """Which end has come, and what became of the other: unless it was
+        refused, what else there is to say."""
+        came, missing = sides(request)
+        ticket = self.ticket(request.uuid)
+        if ticket is not None and ticket.refused and ticket.refused[0] == missing:
+            otherwise = f"was refused, {ticket.refused[1].value}"
+        return f"it is {came}, and {missing} {otherwise}"
+
+    def lapse(self, ticket):
+        """A session was arranged here and nobody came; a list of relays may
+        have sent it to another one."""
+        if ticket.relay and not ticket.came and not self.config.relay_servers:
+            text = (f"neither end of a session with {ticket.peer_id!a} came in "
+                    f"{self.tickets.seconds:.0f} s; it was sent to "
+                    f"{ticket.relay[:MAX_ID_BYTES]!a}; is that port open?")
+            yield Refuse(Refusal.LONELY, text, ticket.peer_id)
 
     def tick(self, now):
         """Once a second: lonely links end, sessions are measured."""
-        self.tickets.expire(now)
-        self.strange_tickets.expire(now)
+        for table in self.tickets, self.strange_tickets:
+            for _, ticket in table.expire(now):
+                yield from self.lapse(ticket)
         for link in self.early.expire(now):
             yield from self.turn_away(link, Refusal.NO_TICKET, (
                 ": the ID server has not arranged this session"))
         for link in self.waiting.expire(now):
-            came, missing = sides(link)
-            yield from self.turn_away(link, Refusal.LONELY, (
-                f": it is {came}, and {missing} did not come in "
-                f"{self.waiting.table.seconds:.0f} s; is its path to this port open?"))
+            why = self.loneliness(link.errand, (
+                f"did not come in {self.waiting.table.seconds:.0f} s; is its path to "
+                "this port open?"))
+            yield from self.turn_away(link, Refusal.LONELY, f": {why}")
         idle_limit = self.config.idle_limit or UNLIMITED
         for session in list(self.sessions.values()):
             session.measure(now)
@@ -9964,7 +9996,8 @@ class Server:
         """Tell our relay, and those of the list, of an arranged session."""
         fault_of = self.rendezvous.key.fault_of if action.needs_key else None
         if self.relay is not None and self.relay.asks_tickets:
-            self.on_ticket(action.session_uuid, Ticket(action.peer_id, fault_of))
+            ticket = Ticket(action.peer_id, fault_of, action.relay)
+            self.on_ticket(action.session_uuid, ticket)
         if self.relay_watch is not None:
             self.relay_watch.tell(action)
 

@@ -4636,7 +4636,8 @@ BOTH_SIGNERS = pytest.mark.parametrize("kind", ["built_in", "nacl"])
 def of_kind(kind, name):
     """A function of the built-in cryptography, or of libsodium's, which is in force
     where there is PyNaCl."""
-    return getattr(rustdesk_server, name if kind == "nacl" else f"{kind}_{name}")
+    in_force = {"sign": rustdesk_server.sign, "seal": rustdesk_server.seal}
+    return getattr(rustdesk_server, f"{kind}_{name}", in_force.get(name))
 
 
 def seeded(seed=SEED):
@@ -7769,9 +7770,10 @@ def test_other_keys_are_wrong_while_a_former_one_is_taken():
 def test_session_that_the_target_relays_gets_a_ticket_that_needs_no_key():
     world, a = registered(), by_link()
     world.punch(a)
-    answer = RelayResponse(id=B_ID, socket_addr=called(), uuid="its session")
+    answer = RelayResponse(id=B_ID, socket_addr=called(), uuid="its session",
+                           relay_server="a relay")
     world.say(answer, from_b())
-    assert world.arranged == [Arrange("its session", B_ID, False)]
+    assert world.arranged == [Arrange("its session", B_ID, False, "a relay")]
     late = from_b()
     answer.uuid = "another"
     assert world.say(answer, late) == [Refusal.NOT_AWAITED, Close(late.link)]
@@ -8530,9 +8532,10 @@ class TicketWorld(RelayWorld):
     def __init__(self, *arguments, **settings):
         super().__init__(*arguments, relay_tickets="on", **settings)
 
-    def announce(self, uuid="session", peer_id=B_ID, fault_of=None, now=NOW):
+    def announce(self, uuid="session", peer_id=B_ID, fault_of=None, now=NOW,
+                 relay=""):
         """The ID server has arranged a session."""
-        ticket = rustdesk_server.Ticket(peer_id, fault_of)
+        ticket = rustdesk_server.Ticket(peer_id, fault_of, relay)
         return self.outcome(self.role.on_ticket(uuid, ticket, now))
 
     def arrivals(self, *links, **request):
@@ -8543,6 +8546,28 @@ class TicketWorld(RelayWorld):
 def is_pair(actions):
     """Whether it is one pair that these actions make, and nothing else."""
     return [type(action) for action in actions] == [rustdesk_server.Pair]
+
+
+def test_session_that_neither_end_comes_to_is_lonely_once_its_target_has_answered():
+    world = TicketWorld()
+    for uuid, relay in (("called", ""), ("answered", ""), ("answered", "host:21117")):
+        assert world.announce(uuid, relay=relay) == []
+    (refuse,) = world.role.tick(NOW + 60)
+    assert refuse == rustdesk_server.Refuse(Refusal.LONELY, (
+        f"neither end of a session with '{B_ID}' came in 60 s; it was sent to "
+        "'host:21117'; is that port open?"), B_ID)
+    assert world.tick(NOW + 90) == []
+
+
+def test_session_that_an_end_came_to_or_that_other_relays_may_have_does_not_lapse():
+    world, link = TicketWorld(), end()
+    world.announce(relay="host:21117")
+    assert world.come(link) == []
+    assert world.tick(NOW + 30) == [Refusal.LONELY, Close(link)]
+    assert world.tick(NOW + 60) == []
+    elsewhere = TicketWorld(relay_servers="host:21117,other:21117")
+    elsewhere.announce(relay="host:21117")
+    assert elsewhere.tick(NOW + 60) == []
 
 
 def test_link_without_a_ticket_is_never_paired_whatever_key_it_has():
@@ -17114,6 +17139,25 @@ def come_without_the_key(server, **fields):
         return peer.peer_id
 
 
+def wait_for_who_is_refused(server):
+    """B waits at the relay for A, who has come without the key."""
+    name = os.urandom(16).hex()
+    with Peer(server).registered() as peer, Initiator(server).open() as a:
+        a.tell("request_relay", id=peer.peer_id, uuid=name)
+        peer.receive("request_relay")
+        with relay_link(server, name, id=peer.peer_id) as link:
+            assert link.ended()
+        with relay_link(server, name) as waiting:
+            assert waiting.ended()
+        return peer.peer_id
+
+
+def send_nobody_to_the_relay(server):
+    """Both ends are told where to meet, and neither comes."""
+    with arranged_sessions(server) as (peer_id, _):
+        return peer_id
+
+
 def come_with_a_tolerated_key(server):
     return wait_alone(server, licence_key="the key of some other server")
 
@@ -17204,6 +17248,12 @@ REASONS = [
     reason("lonely", functools.partial(wait_alone, leave=True), (
         RELAY_LINK + " left: it is the controlled device, and the initiator had not "
         "come yet")),
+    reason("lonely", wait_for_who_is_refused, (
+        RELAY_LINK + ": it is the controlled device, and the initiator was refused, "
+        "no-key")),
+    reason("lonely", send_nobody_to_the_relay, (
+        r"neither end of a session with '{id}' came in 1 s; it was sent to '.+'; "
+        r"is that port open\?"), "--limit", "ticket-seconds=1"),
     reason("no-ticket", come_unarranged, (
         RELAY_LINK_TO + ": the ID server has not arranged this session")),
     reason("ticket-used", come_a_third_time, RELAY_LINK),
