@@ -6080,7 +6080,8 @@ class Rendezvous:
                     message = RelayResponse(refuse_reason=OFFLINE_TEXT)
                 else:
                     message = PunchHoleResponse(failure=Failure.OFFLINE)
-                text = f"{peer_id!a} left {awaited.link.address}"
+                text = (f"{awaited.link.address} called {peer_id!a}, whose "
+                        "connection ended before it answered")
                 yield Refuse(Refusal.OFFLINE, text, peer_id)
                 yield Send(awaited.link, message)
 

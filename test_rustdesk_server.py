@@ -17211,7 +17211,8 @@ REASONS = [
         ASKED + r", last heard of \d s ago by WebSocket from {ip}")),
     reason("offline", ask_for_one_that_fell_silent, (
         ASKED + r", last heard of 3\d s ago by UDP from {ip}"), marks=slow),
-    reason("offline", hang_up_while_called, "'{id}' left {ip}"),
+    reason("offline", hang_up_while_called, (
+        "{ip} called '{id}', whose connection ended before it answered")),
     *(reason(word, functools.partial(punch_in_vain, licence_key=key), ASKED)
       for word, key in WRONG_KEYS.items()),
     reason("no-answer", lose_calls, (
