@@ -338,6 +338,7 @@ class Refusal(enum.Enum):
     TOO_MANY_QUERIES = "too-many-queries"  # for who is online, from one place
     NO_ANSWER = "no-answer"  # the target was called and did not answer
     INITIATOR_LEFT = "initiator-left"  # before the target could answer
+    DEVICE_REFUSED = "device-refused"  # the target answers that it will not
     # The relay.
     NO_SESSION_UUID = "no-session-uuid"  # a request without its uuid
     NO_TICKET = "no-ticket"  # a session that the ID server knows nothing of
@@ -5946,13 +5947,24 @@ class Rendezvous:
             upnp_port=answer.upnp_port, webrtc_sdp_answer=answer.webrtc_sdp_answer)
         if answer.id:
             response.pk = self.signed_identity(awaited, answer)
-        text = f"{awaited.link.address} meets {awaited.peer_id!a} at the relay"
-        yield Report("relay-arranged", text, awaited.peer_id)
-        if usable_session_uuid(answer.uuid):
-            yield Arrange(answer.uuid, awaited.peer_id, awaited.call is Call.RELAY,
-                          answer.relay_server or "this relay")
+        yield from self.report_meeting(awaited, answer)
         yield Send(awaited.link, response)
         yield Close(origin.link)
+
+    def report_meeting(self, awaited, answer):
+        """B has said whether it comes to the relay, which may expect it."""
+        meeting_place = answer.relay_server or "this relay"
+        if answer.refuse_reason:
+            text = (f"{awaited.peer_id!a} to {awaited.link.address}: "
+                    f"{answer.refuse_reason[:MAX_ID_BYTES]!a}")
+            yield Refuse(Refusal.DEVICE_REFUSED, text, awaited.peer_id)
+            meeting_place = ""
+        else:
+            text = f"{awaited.link.address} meets {awaited.peer_id!a} at the relay"
+            yield Report("relay-arranged", text, awaited.peer_id)
+        if usable_session_uuid(answer.uuid):
+            yield Arrange(answer.uuid, awaited.peer_id, awaited.call is Call.RELAY,
+                          meeting_place)
 
     def on_request_relay(self, request, origin, now):
         """A could not reach B directly: send B to the relay.

@@ -7495,6 +7495,7 @@ def test_target_may_answer_with_the_relay():
         socket_addr=called(), uuid="session", relay_server="relay.example:21117",
         id=B_ID, version="1.4.9", refuse_reason="no", feedback=1)
     assert world.say(answer, b) == [
+        Refusal.DEVICE_REFUSED,
         Send(a.link, RelayResponse(
             uuid="session", relay_server="relay.example:21117", version="1.4.9",
             refuse_reason="no", pk=SIGNATURE + ID_PK)),
@@ -7539,6 +7540,7 @@ def test_initiator_may_send_the_target_to_the_relay():
     b = from_b()
     answer = RelayResponse(socket_addr=token, version="1.4.9", refuse_reason="busy")
     assert world.say(answer, b) == [
+        Refusal.DEVICE_REFUSED,
         Send(a.link, RelayResponse(version="1.4.9", refuse_reason="busy")),
         Close(b.link)]
 
@@ -17152,6 +17154,17 @@ def wait_for_who_is_refused(server):
         return peer.peer_id
 
 
+def be_refused_by_the_device(server):
+    with Peer(server).registered() as peer, Initiator(server).open() as a:
+        a.tell("request_relay", id=peer.peer_id, uuid=os.urandom(16).hex())
+        asked = peer.receive("request_relay")
+        with peer.open_rendezvous() as answer:
+            answer.tell("relay_response", socket_addr=asked.socket_addr,
+                        refuse_reason="not allowed here\n", version=CLIENT_VERSION)
+        assert a.expect("relay_response").refuse_reason
+        return peer.peer_id
+
+
 def send_nobody_to_the_relay(server):
     """Both ends are told where to meet, and neither comes."""
     with arranged_sessions(server) as (peer_id, _):
@@ -17218,6 +17231,8 @@ REASONS = [
     reason("no-answer", lose_calls, (
         r"'{id}' was called 2 times for {ip}; are its UDP and TCP paths to us open\?")),
     reason("initiator-left", leave_at_once, "{ip}, which called '{id}'"),
+    reason("device-refused", be_refused_by_the_device,
+           r"'{id}' to {ip}: 'not allowed here\\n'"),
     reason("too-many-requests", ask_too_often, ASKED),
     reason("too-many-targets", ask_for_two_at_a_time, ASKED + " as well"),
     reason("disabled", ask_for_a_disabled_one, ASKED),
