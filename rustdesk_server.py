@@ -8673,6 +8673,10 @@ class Connection(Link):
         """There was nothing to read (None), or the other side has ended
         (b"")."""
         if data is not None:
+            if self.channel is not None and self.state is State.FRESH:
+                self.server.refuse(Refusal.SECURE_FAILED, (
+                    f"{self.address} was shown our signature and hung up: it has the "
+                    "key of another server, or looks only whether the port is open"))
             self.close()
 
     def take_in(self, data):
@@ -12316,12 +12320,15 @@ def find_signature(patient):
     try:
         with call(patient, "rendezvous") as probe:
             offers = probe.hear(KeyExchange).keys
+            is_ours = len(offers) == 1 and is_signed_by(public, offers[0])
+            if is_ours:  # who hangs up at a signature says that it is another's
+                probe.say(TestNatRequest(serial=1))
     except NoAnswer:
         yield (WARNING, "the server offers no secured connection, so its signature was "
                "not tested: it is an official one, or has no key pair",
                "clients that are signed in, or without UDP, need one that does")
         return
-    if len(offers) == 1 and is_signed_by(public, offers[0]):
+    if is_ours:
         yield GOOD, "what the server signs is signed by this key", ""
     else:
         yield (FAULT, f"what the server signs is not signed by {patient.key}: clients "

@@ -12407,6 +12407,28 @@ def test_exchange_that_was_not_offered_ends_the_connection(private_server):
     private_server.wait_for_log(r"secure-failed\b.*" + who)
 
 
+def test_client_that_hangs_up_at_our_signature_is_logged_with_the_likely_cause(
+        private_server):
+    """A client with the key of another server ends so, and says nothing."""
+    with SecuredLink(private_server) as link:
+        link.take_offer(private_server.public_key)
+        who = re.escape("%s:%d" % link.local)
+    private_server.wait_for_log(
+        rf"refused, secure-failed: {who} was shown our signature and hung up: it has "
+        "the key of another server, or looks only whether the port is open")
+
+
+def test_bare_connect_of_a_client_is_no_failure(private_server):
+    """They connect before each registration by UDP, and end at once."""
+    with open_link(private_server, "rendezvous", "tcp", next_ip()) as link:
+        who = "%s:%d" % link.local
+    with SecuredLink(private_server) as later:
+        later.take_offer(private_server.public_key)
+        whose = "%s:%d" % later.local
+    private_server.wait_for_log(re.escape(whose))
+    assert who not in private_server.log()
+
+
 def test_failure_to_secure_a_connection_is_logged_with_who_and_why(private_server):
     with SecuredLink(private_server) as link:
         link.take_offer(private_server.public_key)
@@ -18661,6 +18683,7 @@ def test_doctor_finds_a_sound_server_sound_and_leaves_no_trace_in_its_store():
         after = sorted(os.listdir(server.directory))
         assert (server.read("peers.jsonl"), after) == ("", before)
         assert json.loads(ended.stdout)[0]["rows"] == []
+        assert "secure-failed" not in server.log()
     assert outside.is_well and inside.is_well, outside.text + inside.text
     said = outside.sentences("ok")
     assert set(said) == {
