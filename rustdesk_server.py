@@ -10911,21 +10911,34 @@ class Events:
         self.helper.run(lambda: self.run(line), self.on_done)
 
     def run(self, line):
-        """In the thread: the command, and why it failed, or ""."""
+        """In the thread: the command, and why it failed, if it did."""
         import subprocess  # only here: most servers need none
 
-        ended = subprocess.run(
-            self.command, shell=True, input=line.encode(), stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE, timeout=self.COMMAND_SECONDS)
-        if ended.returncode == 0:
-            return ""
-        return f"status {ended.returncode}: {ended.stderr[-200:]!a}"
+        with subprocess.Popen(
+                self.command, shell=True, stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                start_new_session=True) as process:
+            try:
+                complaint = process.communicate(line.encode(), self.COMMAND_SECONDS)[1]
+            except subprocess.TimeoutExpired:
+                kill_session(process)
+                return f"not done in {self.COMMAND_SECONDS:.0f} s"
+        complaint = ascii(complaint[-200:].decode("utf-8", "replace").strip())[1:-1]
+        return process.returncode and f"status {process.returncode}: {complaint}"
 
     def on_done(self, result):
         """The command has ended, well or not."""
         self.waiting -= 1
         if result and self.server.may_log("event-failed"):
             self.server.log.warn(f"event-failed: the command of --on-event: {result}")
+
+
+def kill_session(process):
+    """End a command of the shell, and what it has started."""
+    if hasattr(os, "killpg"):
+        os.killpg(process.pid, signal.SIGKILL)
+    else:
+        process.kill()
 
 
 class StatusService:

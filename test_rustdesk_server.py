@@ -11432,9 +11432,35 @@ def test_failing_or_slow_command_of_events_stops_nothing(tmp_path):
         with contextlib.ExitStack() as stack:
             for peer in peers:
                 stack.enter_context(peer)
-            server.wait_for_log(r"event-failed: .*status 3: .*why")
+            server.wait_for_log(r"(?m)event-failed: .*: status 3: why$")
             states = online_states(server, [peer.peer_id for peer in peers])
             assert states == bytes([0b1111_1000])
+
+
+class HastyEvents(rustdesk_server.Events):
+    """Whose command has little time."""
+
+    COMMAND_SECONDS = 0.5
+
+    def __init__(self, command):
+        self.command = command
+
+
+@linux_only
+def test_command_that_takes_too_long_is_ended_with_all_that_it_has_started(tmp_path):
+    path = tmp_path / "pid"
+    events = HastyEvents(f"sleep 600 & echo $! > {path}; wait")
+    assert events.run("{}\n") == "not done in 0 s"
+    state = f"/proc/{path.read_text().strip()}"
+    wait_until(lambda: not os.path.exists(state) or is_zombie(state), DEADLINE_SECONDS)
+    assert not HastyEvents("cat").run("{}\n")
+
+
+def is_zombie(state):
+    """Whether a process of /proc has ended and only waits for its parent."""
+    with contextlib.suppress(FileNotFoundError), open(f"{state}/stat") as file:
+        return file.read().rpartition(")")[2].split()[0] == "Z"
+    return True
 
 
 # -- consoles for an operator on the same machine (protocol 5.12) --
