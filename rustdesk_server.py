@@ -8859,7 +8859,10 @@ class Connection(Link):
         if request.path == "/healthz":
             return http_response("200 OK", self.server.health())
         if self.entrance.listener is Listener.STATUS:
-            return self.server.status.respond(request)
+            answer = self.server.status.respond(request)
+            if request.method == "HEAD":  # RFC 9110 9.3.2
+                answer = answer[:answer.index(b"\r\n\r\n") + 4]
+            return answer
         if self.entrance.listener is Listener.API:
             return http_response("404 Not Found")
         self.server.refuse(Refusal.BAD_HTTP, f"{self.address} wants no WebSocket")
@@ -11060,7 +11063,7 @@ SHOWN_PEERS, SHOWN_SESSIONS = 2000, 2000
 def is_own_host(request):
     """Whether a request names an address or this machine, and not a name that
     somebody's page was made to mean us by (DNS rebinding)."""
-    host = split_host(request.headers.get("host", ""))[0]
+    host = split_host(request.headers.get("host", ""))[0].lower()
     try:
         return host == "localhost" or bool(ipaddress.ip_address(host))
     except ValueError:

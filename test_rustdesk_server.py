@@ -11370,7 +11370,8 @@ def test_metrics_are_what_prometheus_reads():
 def test_status_is_told_to_nobodys_page_and_to_nobody_without_the_token():
     with ServerProcess() as server:
         for host, status in (
-                ("localhost:21120", 200), ("[::1]", 200), ("10.1.2.3:1", 200),
+                ("localhost:21120", 200), ("LOCALHOST", 200), ("[::1]", 200),
+                ("10.1.2.3:1", 200),
                 ("evil.example", 403), ("127.0.0.1.evil.example", 403), ("", 403)):
             assert ask_status(server, "/status.json", host)[0] == status, host
         assert ask_status(server, "/status.json", method="POST")[0] == 405
@@ -11382,6 +11383,15 @@ def test_status_is_told_to_nobodys_page_and_to_nobody_without_the_token():
             assert ask_status(server, "/metrics" + query, "any.example")[0] == status
         bearer = ask_status(server, "/metrics", Authorization="Bearer s3cret")
         assert bearer[0] == 200
+
+
+@pytest.mark.parametrize("path", ["/", "/metrics", "/status.json", "/other"])
+def test_head_of_the_status_is_answered_without_a_body(server, path):
+    with TcpLink(server.address("status"), ("127.0.0.1", 0)) as link:
+        link.send_raw(b"HEAD %s HTTP/1.1\r\nHost: localhost\r\n\r\n" % path.encode())
+        head, _, body = link.read_to_end().partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 404" if path == "/other" else b"HTTP/1.1 200")
+    assert b"\r\nContent-Length: " in head and body == b""
 
 
 def test_status_for_everybody_needs_a_token():
