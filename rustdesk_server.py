@@ -13588,11 +13588,18 @@ def show_replies(replies, as_json):
     return 1 if faults else 0
 
 
+#: A column of ids is no wider, since strangers choose them: a longer one moves its
+#: own row only.
+MAX_ID_COLUMN = 24
+
+
 def show_table(columns, rows):
     """Print rows below their columns' names, each as wide as it must be."""
     if rows:
         rows = [list(map(show_cell, row)) for row in [columns, *rows]]
         widths = [max(map(len, column)) for column in zip(*rows)]
+        widths = [min(width, MAX_ID_COLUMN) if name in ("id", "peer") else width
+                  for name, width in zip(columns, widths)]
         for row in rows:
             cells = [cell.ljust(width) for cell, width in zip(row, widths)]
             print("  ".join(cells).rstrip())

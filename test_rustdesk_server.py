@@ -17415,6 +17415,16 @@ def test_status_without_an_id_tells_what_goes_on_and_counts_outcomes(server):
     assert dict(told["rows"])["unknown-id"] >= 1
 
 
+def test_id_that_a_stranger_made_long_widens_no_row_but_its_own(server):
+    long = "x" * 100
+    with Peer(server, long).registered(), Peer(server).registered() as peer:
+        _, said = ask_cli(server, "peers", long, peer.peer_id)
+    rows = {row.split()[0]: row for row in said.splitlines()[:3]}
+    assert set(rows) == {"id", long, peer.peer_id}
+    assert len(rows["id"]) <= 80 and len(rows[peer.peer_id]) <= 80
+    assert rows["id"].index("state") == rows[peer.peer_id].index("online") == 26
+
+
 def test_relay_alone_tells_of_an_id_what_it_knows_itself():
     with ServerProcess(role="hbbr") as relay:
         with relay_link(relay, "u", id="123456789") as link:
