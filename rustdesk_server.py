@@ -13344,8 +13344,18 @@ def find_client_config(config, host, relay, api):
     host = host or host_for_clients(config.bind)
     if not host:
         raise ValueError("this machine has no address of its own; name it by --host")
-    port = RENDEZVOUS_PORT if config.port is None else config.port
+    port = running_port() if config.port is None else config.port
     return client_config(parse_host(host), port, relay and parse_host(relay), text, api)
+
+
+def running_port():
+    """The port of the ID server that runs here, whose flags say more than the
+    configuration does; without one, the usual port."""
+    for role in ("both", "hbbs") if hasattr(socket, "AF_UNIX") else ():
+        for facts in ask_door(role, ["facts"]):
+            if "rendezvous" in facts.get("ports", {}):
+                return facts["ports"]["rendezvous"]
+    return RENDEZVOUS_PORT
 
 
 def show_client_instructions(told, host):

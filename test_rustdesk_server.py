@@ -20942,6 +20942,16 @@ def test_client_config_follows_the_configuration(key_directory):
         "a plain text", "r.example", "https://a.example")
 
 
+@pytest.mark.parametrize("role", [None, "hbbs"])
+def test_client_config_names_the_port_that_a_flag_gave_the_running_server(role):
+    with ServerProcess(role=role) as server:
+        told = told_to_clients(server.directory, "--host", "rd.example.org")
+        typed = told_to_clients(server.directory, "--host", "rd.example.org:9")
+        flagged = told_to_clients(server.directory, "--host", "a.example", "-p", "8")
+    assert told["host"] == "rd.example.org:%d" % server.ports["rendezvous"]
+    assert (typed["host"], flagged["host"]) == ("rd.example.org:9", "a.example:8")
+
+
 def test_client_config_takes_a_key_that_is_a_setting(tmp_path):
     told = told_to_clients(tmp_path, "--host", "a.example",
                            environment=dict(KEY=SECRET))
