@@ -12187,6 +12187,13 @@ def lost_where(patient, here):
     return cause
 
 
+def console_hint(address):
+    """What else a hang-up may mean to who connects from the same machine
+    (protocol 1.4, 1.6)."""
+    return ("; if it is an official server, which keeps a text console there for its "
+            "own machine, name its other address") * address.is_loopback
+
+
 class Probe:
     """A connection of the doctor's, as a client has one: messages in frames."""
 
@@ -12250,7 +12257,7 @@ class Probe:
                 raise NoAnswer(
                     f"tcp {self.address} hangs up without an answer: it is no RustDesk "
                     "server, or refuses this address", "see what listens there, and "
-                    "its log")
+                    f"its log{console_hint(self.address)}")
             try:
                 message = decode_message(payload)
             except Refused:
@@ -12618,7 +12625,8 @@ def carry(patient, address):
         elif seconds < AT_ONCE_SECONDS:
             yield (FAULT, f"tcp {address} refuses the session at once: its key is "
                    "another one, or it refuses this address",
-                   "see `wrong-key` and `refused-address` in the relay's log")
+                   "see `wrong-key` and `refused-address` in the relay's log"
+                   + console_hint(address))
         elif patient.facts:
             yield (FAULT, f"tcp {address} does not know the session that the server "
                    "here has arranged: they have no common secret",

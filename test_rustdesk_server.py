@@ -66,6 +66,7 @@ import shlex
 import shutil
 import signal
 import socket
+import socketserver
 import sqlite3
 import ssl
 import stat
@@ -18915,6 +18916,23 @@ def test_doctor_says_that_a_server_without_a_key_pair_signs_nothing():
         assert consult(host, "--key", "a plain text").is_well  # which is no public key
         report = consult(host, "--key", OTHERS_KEY)
         assert "offers no secured" in report.only("warning", "signature")[0]
+
+
+class HangsUp(socketserver.BaseRequestHandler):
+    """What an official relay does to who asks for a session from its machine."""
+
+    def handle(self):
+        self.request.recv(1)
+
+
+def test_doctor_says_what_a_hang_up_on_this_machine_may_mean(own_server):
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), HangsUp) as official:
+        threading.Thread(target=official.serve_forever, daemon=True).start()
+        relay = "127.0.0.1:%d" % official.server_address[1]
+        report = consult(f"127.0.0.1:{own_server.ports['rendezvous']}", "--relay", relay)
+        official.shutdown()
+    assert f"tcp {relay} refuses the session at once" in report.text
+    assert "an official server, which keeps a text console there" in report.text
 
 
 def test_doctor_names_a_lost_key(own_server):
