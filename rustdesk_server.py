@@ -5162,6 +5162,7 @@ class RelayServers:
         self.entries = entries
         self.names = tuple(dict.fromkeys(entry.name for entry in entries))
         self.healthy = self.names
+        self.answering = None  # those that answered the last check, if there was one
         self.turn = 0
 
     def candidates(self, ip):
@@ -5199,6 +5200,14 @@ class RelayServers:
         was."""
         found = tuple(name for name in self.names if name in healthy)
         self.healthy = found or self.healthy
+        self.answering = found
+
+    def state(self, name):
+        """Whether a relay answers, as far as it was asked: a single one is
+        not."""
+        if self.answering is None:
+            return "not checked"
+        return "answers" if name in self.answering else "silent"
 
 
 def is_private_host(name):
@@ -7063,7 +7072,7 @@ def session_facts(session, now):
 
 def relay_facts(relays):
     """The relays that clients are sent to, for whom, and whether they answer."""
-    return [{"name": name, "state": "answers" if name in relays.healthy else "silent",
+    return [{"name": name, "state": relays.state(name),
              "for": ", ".join(str(entry.network) for entry in relays.entries
                               if entry.name == name and entry.network)}
             for name in relays.names]
@@ -7100,7 +7109,8 @@ def metrics_text(snapshot):
     lines += metric_head(name, "gauge", "Whether a relay of the list answers.")
     for relay in snapshot["relays"]:
         label = relay["name"].replace("\\", r"\\").replace('"', r'\"')
-        lines.append(f'{name}{{relay="{label}"}} {int(relay["state"] == "answers")}')
+        value = {"answers": 1, "silent": 0}.get(relay["state"], "NaN")
+        lines.append(f'{name}{{relay="{label}"}} {value}')
     name = "rustdesk_info"
     lines += metric_head(name, "gauge", "The version that runs.")
     lines.append(f'{name}{{version="{snapshot["version"]}"}} 1')
@@ -7567,7 +7577,7 @@ def page_verdict(snapshot):
         return f"Out of order: {snapshot['health']}", "bad"
     if snapshot["warnings"]:
         return "Works, but needs a look", "warn"
-    silent = sum(relay["state"] != "answers" for relay in snapshot["relays"])
+    silent = sum(relay["state"] == "silent" for relay in snapshot["relays"])
     if silent:
         return f"{silent} of {len(snapshot['relays'])} relays silent", "warn"
     return "Everything works", "good"
@@ -7729,8 +7739,9 @@ def page_bars(counts, tone_of):
 
 def page_relays(snapshot):
     """Whether each relay answers."""
+    tones = {"answers": "good", "silent": "bad"}
     lines = "".join(
-        f'<li><span class="dot {"good" if relay["state"] == "answers" else "bad"}">'
+        f'<li><span class="dot {tones.get(relay["state"], "quiet")}">'
         f'{escape(relay["name"])}</span><span class="soft">{escape(relay["state"])}'
         "</span></li>" for relay in snapshot["relays"])
     body = f'<ul class="list">{lines}</ul>' if lines else page_none("None is named.")

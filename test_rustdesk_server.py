@@ -7390,6 +7390,16 @@ def test_only_relays_that_answer_are_named_and_the_list_survives_silence():
     assert relays.healthy == ("a.example", "b.example")
 
 
+def test_relays_are_said_to_answer_only_if_they_do():
+    relays = rustdesk_server.RelayServers(
+        rustdesk_server.parse_relays("a.example,b.example"))
+    assert {relays.state(name) for name in relays.names} == {"not checked"}
+    relays.on_health({"b.example"})
+    assert [relays.state(name) for name in relays.names] == ["silent", "answers"]
+    relays.on_health(set())
+    assert [relays.state(name) for name in relays.names] == ["silent", "silent"]
+
+
 @pytest.mark.parametrize("place, named", [
     (A_PLACE, "relay.example"), (LOCAL_A, "192.168.1.2")])
 def test_relay_of_the_targets_choice_is_told_except_in_the_local_network(place, named):
@@ -9441,6 +9451,7 @@ def test_page_of_a_server_without_peers_says_so():
     ({"warnings": ["the disk is full"]}, "Works, but needs a look", "warn"),
     ({"relays": [dict(name="a", state="answers"), dict(name="b", state="silent")]},
      "1 of 2 relays silent", "warn"),
+    ({"relays": [dict(name="a", state="not checked")]}, "Everything works", "good"),
     ({"health": "stopping", "warnings": ["w"]}, "Out of order: stopping", "bad"),
 ])
 def test_page_begins_with_how_the_server_is(changes, verdict, tone):
@@ -11354,6 +11365,7 @@ def test_metrics_are_what_prometheus_reads():
             with TcpLink(server.address("relay"), (next_ip(), 0)) as link:
                 link.send(bytes(50))
                 assert link.ended()
+            server.wait_for_log("relay 127.0.0.1:2 does not answer")
             status, headers, body = ask_status(server, "/metrics")
     assert status == 200 and headers["Content-Type"].startswith("text/plain; version=")
     families = {family.name: family for family in text_string_to_metric_families(body)}
@@ -11363,8 +11375,8 @@ def test_metrics_are_what_prometheus_reads():
                 for sample in families["rustdesk_outcomes"].samples}
     assert outcomes["registered"] == 1
     relays = families["rustdesk_relay_up"].samples
-    assert {sample.labels["relay"] for sample in relays} == {
-        "127.0.0.1:1", "127.0.0.1:2"}
+    assert {sample.labels["relay"]: sample.value for sample in relays} == {
+        "127.0.0.1:1": 0, "127.0.0.1:2": 0}
     assert all(family.documentation for family in families.values())
 
 
