@@ -6222,9 +6222,14 @@ class Rendezvous:
             yield Refuse(Refusal.INITIATOR_LEFT,
                          f"{address}, which called {peer_id!a}", peer_id)
         else:
-            yield Refuse(Refusal.NO_ANSWER, (
-                f"{peer_id!a} was called {awaited.calls} times for {address}; are its "
-                "UDP and TCP paths to us open?"), peer_id)
+            registration = self.registrations.get(peer_id)
+            likely = "are its UDP and TCP paths to us open?"
+            if registration is not None and registration.link is not None:
+                likely = ("it is called by the connection that it keeps, so does it "
+                          "sleep, or can it open another one to answer?")
+            times = "once" if awaited.calls == 1 else f"{awaited.calls} times"
+            text = f"{peer_id!a} was called {times} for {address}; {likely}"
+            yield Refuse(Refusal.NO_ANSWER, text, peer_id)
 
     ACCEPTS = {
         Listener.UDP: {

@@ -17017,6 +17017,16 @@ def lose_calls(server, calls=2, seconds=3.1):
         return peer.peer_id
 
 
+def be_called_in_vain_by_websocket(server):
+    with Peer(server) as peer, come_by_websocket(server, peer) as route:
+        with Initiator(server).open() as link:
+            link.send(Initiator(server).punch_request(peer.peer_id))
+            route.expect("punch_hole")
+            assert not link.ended(3.1)
+        server.wait_for_log(f"refused, no-answer: '{peer.peer_id}'")
+        return peer.peer_id
+
+
 def leave_at_once(server):
     return lose_calls(server, calls=1, seconds=0.01)
 
@@ -17301,6 +17311,9 @@ REASONS = [
       for word, key in WRONG_KEYS.items()),
     reason("no-answer", lose_calls, (
         r"'{id}' was called 2 times for {ip}; are its UDP and TCP paths to us open\?")),
+    reason("no-answer", be_called_in_vain_by_websocket, (
+        "'{id}' was called once for {ip}; it is called by the connection that it keeps, "
+        r"so does it sleep, or can it open another one to answer\?")),
     reason("initiator-left", leave_at_once, "{ip}, which called '{id}'"),
     reason("device-refused", be_refused_by_the_device,
            r"'{id}' to {ip}: 'not allowed here\\n'"),
