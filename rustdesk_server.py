@@ -12113,7 +12113,11 @@ class Patient:
         self.facts = {**facts, **self.facts}
         self.relays = self.relays or facts.get("relays", ())
         if take_ports:
-            self.ports.update(facts.get("ports", {}))
+            ports = facts.get("ports", {})
+            if "rendezvous" in ports:  # where clients look for a relay (protocol 1.1)
+                port = ports["rendezvous"]
+                self.ports.update({"relay": port + 1, "relay-websocket": port + 3})
+            self.ports.update(ports)
 
     @property
     def is_here(self):

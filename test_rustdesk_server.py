@@ -18943,6 +18943,16 @@ def test_doctor_says_that_a_server_without_a_key_pair_signs_nothing():
         assert "offers no secured" in report.only("warning", "signature")[0]
 
 
+def test_doctor_looks_for_a_relay_of_another_directory_where_clients_do():
+    port = free_ports(5) + 1
+    with ServerProcess(role="hbbs", port=port) as server:
+        report = consult(directory=server.directory)
+        assert f"tcp 127.0.0.1:{port + 1} refuses" in report.only("fault", "relay")[0]
+        with ServerProcess(role="hbbr", port=port + 1):
+            report = consult(directory=server.directory)
+    assert f"tcp 127.0.0.1:{port + 1} carries" in report.sentences("ok")["relay"]
+
+
 class HangsUp(socketserver.BaseRequestHandler):
     """What an official relay does to who asks for a session from its machine."""
 
