@@ -8838,7 +8838,7 @@ class Connection(Link):
             rest = self.pending[size:]
             self.become(State.BODY, self.read_body)
             self.body, self.pending = request.body_size, self.plain_answer(request)
-            if request.method == "HEAD":
+            if request.method == "HEAD":  # RFC 9110 9.3.2
                 self.pending = self.pending.partition(b"\r\n\r\n")[0] + b"\r\n\r\n"
             self.on_body_bytes(rest)
             return
@@ -8875,10 +8875,7 @@ class Connection(Link):
         if request.path == "/healthz":
             return http_response("200 OK", self.server.health())
         if self.entrance.listener is Listener.STATUS:
-            answer = self.server.status.respond(request)
-            if request.method == "HEAD":  # RFC 9110 9.3.2
-                answer = answer[:answer.index(b"\r\n\r\n") + 4]
-            return answer
+            return self.server.status.respond(request)
         if self.entrance.listener is Listener.API:
             return http_response("404 Not Found")
         self.server.refuse(Refusal.BAD_HTTP, f"{self.address} wants no WebSocket")

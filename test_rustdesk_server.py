@@ -17312,8 +17312,8 @@ REASONS = [
     reason("no-answer", lose_calls, (
         r"'{id}' was called 2 times for {ip}; are its UDP and TCP paths to us open\?")),
     reason("no-answer", be_called_in_vain_by_websocket, (
-        "'{id}' was called once for {ip}; it is called by the connection that it keeps, "
-        r"so does it sleep, or can it open another one to answer\?")),
+        "'{id}' was called once for {ip}; it is called by the connection that it "
+        r"keeps, so does it sleep, or can it open another one to answer\?")),
     reason("initiator-left", leave_at_once, "{ip}, which called '{id}'"),
     reason("device-refused", be_refused_by_the_device,
            r"'{id}' to {ip}: 'not allowed here\\n'"),
@@ -18964,7 +18964,8 @@ def test_doctor_says_what_a_hang_up_on_this_machine_may_mean(own_server):
     with socketserver.ThreadingTCPServer(("127.0.0.1", 0), HangsUp) as official:
         threading.Thread(target=official.serve_forever, daemon=True).start()
         relay = "127.0.0.1:%d" % official.server_address[1]
-        report = consult(f"127.0.0.1:{own_server.ports['rendezvous']}", "--relay", relay)
+        host = f"127.0.0.1:{own_server.ports['rendezvous']}"
+        report = consult(host, "--relay", relay)
         official.shutdown()
     assert f"tcp {relay} refuses the session at once" in report.text
     assert "an official server, which keeps a text console there" in report.text
