@@ -1804,7 +1804,7 @@ def decode_message(data):
 # Addresses are normalised once, where they enter: an IPv4 address in IPv6
 # dress becomes IPv4.  On the wire they are mangled, so that NAT gateways do
 # not find and rewrite them.  Frames are cut from a TCP stream by a length
-# header of one to four bytes.
+# header of one to four bytes.  And texts of strangers are made fit to be shown.
 #
 # Uses: Constants, Refusals.
 
@@ -1832,6 +1832,14 @@ class Address(collections.namedtuple("Address", "ip port")):
     @property
     def is_loopback(self):
         return is_loopback(self.ip)
+
+
+def printable(text):
+    """A text in which what would not be seen, or would be obeyed by a terminal, is
+    named."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def normalise_ip(text):
@@ -2283,10 +2291,8 @@ def close_answer(payload):
     return close_frame(code if legal else 1002)
 
 
-class FrameHeader(collections.namedtuple("FrameHeader", "final opcode size mask end")):
-    """The header of a client's frame; `end` is where its payload begins."""
-
-    __slots__ = ()
+#: The header of a client's frame; `end` is where its payload begins.
+FrameHeader = collections.namedtuple("FrameHeader", "final opcode size mask end")
 
 
 def parse_frame_header(data, at, in_message):
@@ -3467,10 +3473,8 @@ def split_host(text):
     return host, int(port) if port.isascii() and port.isdigit() else -1
 
 
-class RelayEntry(collections.namedtuple("RelayEntry", "name network")):
-    """A relay, and the network of the initiators that it is for, or None."""
-
-    __slots__ = ()
+#: A relay, and the network of the initiators that it is for, or None.
+RelayEntry = collections.namedtuple("RelayEntry", "name network")
 
 
 def parse_relays(text):
@@ -3855,12 +3859,8 @@ CHANGEABLE = frozenset((
 # Uses: Constants, Refusals, Frames and addresses, Configuration.
 
 
-class Limit(collections.namedtuple("Limit", "name default unit reason fixed")):
-    """One row of the table: a number, what it counts, and why it is that."""
-
-    __slots__ = ()
-
-
+#: One row of the table: a number, what it counts, and why it is that.
+Limit = collections.namedtuple("Limit", "name default unit reason fixed")
 LIMITS = {}
 
 
@@ -4734,17 +4734,10 @@ def sync_directory(path):
 # Uses: Constants, Refusals, Keys, Limits.
 
 
-class PunchRecord(collections.namedtuple(
-        "PunchRecord", "at initiator_ip peer_id target_ip")):
-    """One request to reach a peer, as the official console lists them."""
-
-    __slots__ = ()
-
-
-class Attempt(collections.namedtuple("Attempt", "at word text")):
-    """How one attempt to register, or to reach a peer, has ended."""
-
-    __slots__ = ()
+#: One request to reach a peer, as the official console lists them.
+PunchRecord = collections.namedtuple("PunchRecord", "at initiator_ip peer_id target_ip")
+#: How one attempt to register, or to reach a peer, has ended.
+Attempt = collections.namedtuple("Attempt", "at word text")
 
 
 class Attempts:
@@ -4959,13 +4952,8 @@ class Link:
         return True
 
 
-class Origin(collections.namedtuple(
-        "Origin", "listener address link sockaddr datagram")):
-    """Where a message came from: over a link, or as a datagram from a
-    `sockaddr`."""
-
-    __slots__ = ()
-
+#: Where a message came from: over a link, or as a datagram from a `sockaddr`.
+Origin = collections.namedtuple("Origin", "listener address link sockaddr datagram")
 
 #: Send a message over a link; nothing happens if the link has ended.
 Send = collections.namedtuple("Send", "link message")
@@ -7542,7 +7530,7 @@ td:nth-child(5){grid-column:1/-1;text-align:left}
 def escape(value):
     """A text as HTML; what would not be seen, or turn the text around, is
     named."""
-    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(value))
+    text = printable(str(value))
     for sign, name in zip("&<>\"'", ("amp", "lt", "gt", "quot", "#39")):
         text = text.replace(sign, f"&{name};")
     return text
@@ -7803,7 +7791,7 @@ def setup_picture(text):
 # blocks (the disk's fdatasync, names).  Nothing here knows what the bytes
 # mean.
 #
-# Uses: Constants.
+# Uses: Constants, Frames and addresses.
 
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 
@@ -7841,9 +7829,7 @@ class Log:
             entry = {"time": second, "level": level, "text": text}
             self.lines.append(json.dumps(entry) + "\n")
             return
-        if not text.isprintable():
-            text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-        self.lines.append(f"{self.stamp} {level.upper():5} {text}\n")
+        self.lines.append(f"{self.stamp} {level.upper():5} {printable(text)}\n")
 
     def debug(self, text):
         """A step inside: `<` in, `>` out, `=` state, `!` fault."""
@@ -8418,7 +8404,7 @@ class Connection(Link):
     __slots__ = ("server", "socket", "state", "on_readable", "on_writable", "interest",
                  "pending", "unsent", "framing", "entrance", "patience", "strange",
                  "served", "then", "timer", "trusted", "proxied", "tls", "looks",
-                 "channel", "body", "held", "tickets", "is_stranger")
+                 "channel", "body", "held", "tickets", "is_stranger", "taker")
 
     def __init__(self, server, sock, address, place, entrance):
         super().__init__(entrance.listener, address, place=place)
@@ -8495,7 +8481,7 @@ class Connection(Link):
             self.be_patient(None)
         self.become(State.PAIRED, reader)
         self.on_writable = writer
-        self.pending, self.framing = b"", None
+        self.pending, self.framing, self.taker = b"", None, None
         if self.held:
             self.account()
         self.watch(READ)
@@ -8544,27 +8530,52 @@ class Connection(Link):
                 f"{self.address} wants TLS, but --tls-cert names no certificate"))
             self.close()
         elif data.startswith(HTTP_METHODS):
-            self.start(State.HEAD, self.read_frames, data)
+            self.start(State.HEAD, self.on_head_bytes, data)
         elif len(data) < 8 and any(method.startswith(data) for method in HTTP_METHODS):
             self.pending = data
         elif self.listener is Listener.RELAY and self.server.ticket_secret and (
                 TICKETS_GREETING.startswith(data[:len(TICKETS_GREETING)])):
-            self.start(State.TICKETS, self.read_frames, data)
+            self.start(State.TICKETS, self.on_ticket_bytes, data)
         elif self.may_be_command(data):
-            self.start(State.COMMAND, self.read_command, data)
+            self.start(State.COMMAND, self.on_command_bytes, data)
         else:
             self.start_frames(data)
 
     def start_frames(self, data):
         """RustDesk's own frames come."""
-        self.framing = LengthFraming(*self.server.frame_limits(self.listener))
-        self.start(State.FRAMED, self.read_frames, data)
+        self.framing = LengthFraming(*self.frame_limits)
+        self.start(State.FRAMED, self.on_frame_bytes, data)
 
-    def start(self, state, reader, data):
-        """The transport is known: what has come belongs to it."""
-        self.become(state, reader)
+    @property
+    def frame_limits(self):
+        """The largest frame, and whether address books may be larger."""
+        if self.listener is Listener.RELAY:
+            return MAX_RELAY_REQUEST_BYTES, False
+        return MAX_FRAME_BYTES, True
+
+    def start(self, state, taker, data=b""):
+        """Enter a state, in which `taker` gets the bytes that have come and will
+        come."""
+        self.taker = taker
+        self.become(state, self.read)
         self.pending = b""
-        self.take_in(data)
+        if data:
+            self.take_in(data)
+
+    def read(self):
+        """Something has come: bytes, or the end."""
+        data = self.receive()
+        if data:
+            self.take_in(data)
+        else:
+            self.on_nothing(data)
+
+    def take_in(self, data):
+        """Treat bytes as the state demands."""
+        try:
+            self.taker(data)
+        except Refused as refused:
+            self.refuse(refused)
 
     def look_ahead(self):
         """Whether what has come is a proxy's header or TLS, and was treated as
@@ -8686,36 +8697,12 @@ class Connection(Link):
             self.framing.max_size = MAX_SECURED_FRAME_BYTES
 
     def on_nothing(self, data):
-        """There was nothing to read (None), or the other side has ended
-        (b"")."""
-        if data is not None:
-            if self.channel is not None and self.state is State.FRESH:
-                self.server.refuse(Refusal.SECURE_FAILED, (
-                    f"{self.address} was shown our signature and hung up: it has the "
-                    "key of another server, or looks only whether the port is open"))
+        """There was nothing to read (None), or the other side has ended (b"") and
+        with it the command that it was typing."""
+        if data is not None and self.state is State.COMMAND:
+            self.answer_command()
+        elif data is not None:
             self.close()
-
-    def take_in(self, data):
-        """Treat bytes as the state demands."""
-        try:
-            if self.state is State.FRAMED:
-                self.on_frame_bytes(data)
-            elif self.state is State.HEAD:
-                self.on_head_bytes(data)
-            elif self.state is State.COMMAND:
-                self.on_command_bytes(data)
-            elif self.state is State.TICKETS:
-                self.on_ticket_bytes(data)
-        except Refused as refused:
-            self.refuse(refused)
-
-    def read_frames(self):
-        """Frames, tickets or more of a request head have come."""
-        data = self.receive()
-        if not data:
-            self.on_nothing(data)
-            return
-        self.take_in(data)
 
     def on_frame_bytes(self, data):
         """Cut frames and let the server treat them, as long as it is us that
@@ -8727,7 +8714,7 @@ class Connection(Link):
             if payload is None:
                 break
             if self.listener is Listener.RELAY:
-                self.become(State.WAITING, self.read_early)
+                self.start(State.WAITING, self.on_early_bytes)
             elif self.patience is not None and payload:
                 self.be_patient(self.server.next_patience)
             self.served = self.served or bool(payload)
@@ -8766,30 +8753,20 @@ class Connection(Link):
         if framing.closed:
             self.end()
 
-    def read_early(self):
+    def on_early_bytes(self, data):
         """A relay link that waits: keep what its partner will want."""
-        data = self.receive()
-        if not data:
-            self.on_nothing(data)
-            return
         self.framing.receive(data)
         if len(self.framing.buffer) > MAX_EARLY_BYTES:
             self.watch(self.interest & ~READ)
         if self.is_websocket:
-            try:
-                self.framing.skim()
-            except Refused as refused:
-                self.refuse(refused)
-                return
+            self.framing.skim()
             self.answer_control(self.framing)
         if self.framing is not None:
             self.account()
 
-    def read_away(self):
-        """Throw away what comes, until the other side ends too."""
-        data = self.receive()
-        if data == b"":
-            self.close()
+    def throw_away(self, data):
+        """Our half has ended; what comes means nothing until the other side ends
+        too."""
 
     def read_nothing(self):
         """There is nothing to be read any more."""
@@ -8836,7 +8813,7 @@ class Connection(Link):
         request, size = found
         if self.entrance.listener in NO_WEBSOCKET or not wants_websocket(request):
             rest = self.pending[size:]
-            self.become(State.BODY, self.read_body)
+            self.start(State.BODY, self.on_body_bytes)
             self.body, self.pending = request.body_size, self.plain_answer(request)
             if request.method == "HEAD":  # RFC 9110 9.3.2
                 self.pending = self.pending.partition(b"\r\n\r\n")[0] + b"\r\n\r\n"
@@ -8855,16 +8832,9 @@ class Connection(Link):
         elif self.state is State.HEAD:
             self.become_websocket(self.pending[size:])
 
-    def read_body(self):
-        """More of a request's body, which is read so that its answer is."""
-        data = self.receive()
-        if not data:
-            self.on_nothing(data)
-            return
-        self.on_body_bytes(data)
-
     def on_body_bytes(self, data):
-        """Answer a request that wants no WebSocket when its body is over."""
+        """Answer a request that wants no WebSocket when its body is over, which is
+        read so that the answer is."""
         self.body -= len(data)
         if self.body <= 0:
             self.write(self.pending)
@@ -8910,11 +8880,8 @@ class Connection(Link):
         self.is_websocket = True
         if self.listener is not Listener.RELAY:
             self.listener = Listener.WEBSOCKET
-        self.framing = WebSocketFraming(*self.server.frame_limits(self.listener))
-        self.pending = b""
-        self.become(State.FRAMED, self.read_frames)
-        if rest:
-            self.on_frame_bytes(rest)
+        self.framing = WebSocketFraming(*self.frame_limits)
+        self.start(State.FRAMED, self.on_frame_bytes, rest)
 
     # -- text commands ---------------------------------------------------------
 
@@ -8927,14 +8894,6 @@ class Connection(Link):
         return (self.entrance.has_console and self.address.is_loopback
                 and self.server.console_mode != "off"
                 and not self.proxied and not data.translate(None, PRINTABLE))
-
-    def read_command(self):
-        """More of a text command, or its end."""
-        data = self.receive()
-        if data == b"":
-            self.answer_command()
-        elif data:
-            self.take_in(data)
 
     def on_command_bytes(self, data):
         """A command ends with its line, or when nothing more comes."""
@@ -9030,7 +8989,7 @@ class Connection(Link):
         if self.then is not None:
             self.timer = self.server.loop.later(HANG_UP_SECONDS, self.close)
         self.be_patient(self.server.survivors if survives else self.server.endings)
-        self.become(State.ENDING, self.read_away)
+        self.start(State.ENDING, self.throw_away)
         self.on_writable = self.flush
         self.watch(self.interest | READ)
         if not self.unsent:
@@ -9063,7 +9022,8 @@ class Connection(Link):
         if self.held:
             self.account()
         self.server.on_closed(self)
-        self.on_readable = self.on_writable = None  # or it would refer to itself
+        # Or it would refer to itself.
+        self.on_readable = self.on_writable = self.taker = None
         if then is not None:
             then()
 
@@ -9868,13 +9828,6 @@ class Server:
             return self.relay_patience
         return self.first_patience
 
-    def frame_limits(self, listener):
-        """(largest frame, whether address books may be larger) on a
-        listener."""
-        if listener is Listener.RELAY:
-            return MAX_RELAY_REQUEST_BYTES, False
-        return MAX_FRAME_BYTES, True
-
     def on_datagram(self, datagram, sockaddr, client=None):
         """A datagram that is no renewal; answers go to `sockaddr`."""
         address = address_of(client or sockaddr)
@@ -9971,18 +9924,6 @@ class Server:
             self.log.debug(f"> {action.link.address} {type(action.message).__name__}")
         action.link.send_payload(encode_message(action.message))
 
-    def do_heartbeat(self, action):
-        """Send an empty frame."""
-        action.link.send_payload(b"")
-
-    def do_keep(self, action):
-        """Let a link be silent."""
-        action.link.be_patient(None)
-
-    def do_send_datagram(self, action):
-        """Send a datagram."""
-        self.ports.datagrams.send(encode_message(action.message), action.sockaddr)
-
     def do_close(self, action):
         """End a link."""
         if isinstance(action.link.errand, Session):
@@ -10034,10 +9975,6 @@ class Server:
         if self.relay_watch is not None:
             self.relay_watch.tell(action)
 
-    def do_store(self, action):
-        """Write a peer at the end of this turn."""
-        self.keeper.pending.append(action)
-
     def do_later(self, action):
         """Go on in a while."""
         self.loop.later(action.seconds,
@@ -10078,11 +10015,14 @@ class Server:
         self.refuse(action.refusal, action.text)
 
     PERFORM = {
-        Send: do_send, SendDatagram: do_send_datagram, Close: do_close,
-        Heartbeat: do_heartbeat, Keep: do_keep, HangUp: do_hang_up,
-        Pair: do_pair, Resume: do_resume, Arrange: do_arrange, Store: do_store,
-        Later: do_later, Report: do_report, Event: do_event, Tolerate: do_tolerate,
-        Refuse: do_refuse,
+        Send: do_send, Close: do_close, HangUp: do_hang_up,
+        SendDatagram: lambda self, action: self.ports.datagrams.send(
+            encode_message(action.message), action.sockaddr),
+        Heartbeat: lambda self, action: action.link.send_payload(b""),
+        Keep: lambda self, action: action.link.be_patient(None),
+        Store: lambda self, action: self.keeper.pending.append(action),
+        Pair: do_pair, Resume: do_resume, Arrange: do_arrange, Later: do_later,
+        Report: do_report, Event: do_event, Tolerate: do_tolerate, Refuse: do_refuse,
     }
 
     def refuse(self, refusal, text):
@@ -12069,17 +12009,11 @@ FEW_DESCRIPTORS, LITTLE_ROOM_BYTES = 4096, 16 * 1024 * 1024
 TRIAL_BYTES = 64 * 1024
 
 
-class Finding(collections.namedtuple("Finding", "level topic sentence remedy")):
-    """What one check has found: GOOD, WARNING or FAULT, and why."""
-
-    __slots__ = ()
-
-
-class Check(collections.namedtuple("Check", "topic level find")):
-    """One test: `find(patient)` yields (level, sentence, remedy); when it gets no
-    answer, that is of this level."""
-
-    __slots__ = ()
+#: What one check has found: GOOD, WARNING or FAULT, and why.
+Finding = collections.namedtuple("Finding", "level topic sentence remedy")
+#: One test: `find(patient)` yields (level, sentence, remedy); when it gets no answer,
+#: that is of this level.
+Check = collections.namedtuple("Check", "topic level find")
 
 
 class NoAnswer(Exception):
@@ -13497,9 +13431,9 @@ def admit(given):
 def show_finding(finding):
     """Print a finding, and below it what to do."""
     level = finding.level.upper() if finding.level == FAULT else finding.level
-    print(f"{level:8} {finding.topic:16} {show_cell(finding.sentence)}", flush=True)
+    print(f"{level:8} {finding.topic:16} {printable(finding.sentence)}", flush=True)
     if finding.remedy:
-        print(f"{'':8} {'':16} -> {show_cell(finding.remedy)}", flush=True)
+        print(f"{'':8} {'':16} -> {printable(finding.remedy)}", flush=True)
 
 
 def conclude(patient, levels):
@@ -13631,19 +13565,13 @@ MAX_ID_COLUMN = 24
 def show_table(columns, rows):
     """Print rows below their columns' names, each as wide as it must be."""
     if rows:
-        rows = [list(map(show_cell, row)) for row in [columns, *rows]]
+        rows = [[printable(str(cell)) for cell in row] for row in [columns, *rows]]
         widths = [max(map(len, column)) for column in zip(*rows)]
         widths = [min(width, MAX_ID_COLUMN) if name in ("id", "peer") else width
                   for name, width in zip(columns, widths)]
         for row in rows:
             cells = [cell.ljust(width) for cell, width in zip(row, widths)]
             print("  ".join(cells).rstrip())
-
-
-def show_cell(cell):
-    """A cell's text; what a terminal would obey is escaped, since ids that were
-    imported may hold anything."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(cell))
 
 
 COMMANDS = {
