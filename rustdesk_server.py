@@ -13348,11 +13348,7 @@ def doctor(arguments):
         raise SystemExit(f"rustdesk_server: {trouble}") from None
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # some will hang up on us
-    try:
-        return report(given, patient)
-    except BrokenPipeError:  # as in `doctor | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 1
+    return report(given, patient)
 
 
 def report(given, patient):
@@ -13655,15 +13651,38 @@ def start_again(code):
         pass
 
 
-def main(arguments):
+#: What output to a full disk or file, a closed terminal and a closed pipe ends in.
+OUTPUT_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIPE)
+
+
+def run_command(arguments):
     """Run the subcommand named first, or both roles; returns the exit
     status."""
-    keep_standard_descriptors()
     if arguments and arguments[0] in COMMANDS:
         if hasattr(signal, "SIGPIPE") and arguments[0] not in ROLES:
             signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # as in `config | head`
         return COMMANDS[arguments[0]](arguments[1:])
     return run_role(None, arguments)
+
+
+def main(arguments):
+    """Run what the arguments ask for, and see that all it prints is written;
+    returns the exit status."""
+    keep_standard_descriptors()
+    try:
+        try:
+            return run_command(arguments)
+        finally:
+            if sys.stdout is not None:  # it was closed from the start
+                sys.stdout.flush()
+    except OSError as error:
+        if error.filename is not None or error.errno not in OUTPUT_ERRORS:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the rest goes there at the end
+        if error.errno == errno.EPIPE:  # as in `doctor | head`
+            return 1
+        raise SystemExit(
+            f"rustdesk_server: cannot write the output: {error.strerror}") from None
 
 
 if __name__ == "__main__":

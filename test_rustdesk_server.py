@@ -20489,6 +20489,31 @@ def test_help_names_what_there_is(role, flags):
         assert flag in ended.stdout, f"no {flag} in:\n{ended.stdout}"
 
 
+@linux_only
+@pytest.mark.parametrize("words", [
+    ["status"], ["doctor"], ["doctor", "--json"], ["client-config", "--host", "a"],
+    ["config"], ["config", "--json"], ["check"], ["--version"]], ids=" ".join)
+def test_output_that_cannot_be_written_ends_with_a_sentence(own_server, words):
+    with open("/dev/full", "w", encoding="ascii") as full:
+        ended = subprocess.run(
+            server_command(words), cwd=own_server.directory, env=clean_environment(),
+            stdout=full, stderr=subprocess.PIPE, text=True, timeout=START_SECONDS)
+    assert (ended.returncode, ended.stderr) == (
+        1, "rustdesk_server: cannot write the output: No space left on device\n")
+
+
+@linux_only
+def test_output_to_a_terminal_that_is_gone_ends_with_a_sentence(own_server):
+    ours, theirs = os.openpty()
+    os.close(ours)
+    with open(theirs, "wb", buffering=0) as terminal:
+        ended = subprocess.run(
+            server_command(["status"]), cwd=own_server.directory, stdout=terminal,
+            env=clean_environment(), stderr=subprocess.PIPE, text=True)
+    assert (ended.returncode, ended.stderr) == (
+        1, "rustdesk_server: cannot write the output: Input/output error\n")
+
+
 @pytest.mark.parametrize("arguments", [["nonsense"], ["--no-such-flag"],
                                        ["hbbr", "-x"], ["validatekeypair"]])
 def test_wrong_command_line_is_refused(arguments):
