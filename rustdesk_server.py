@@ -10341,7 +10341,7 @@ class Ports:
             self.listen(web_port, "relay-websocket", Listener.RELAY)
         default = Listener.RELAY if self.server.rendezvous is None else Listener.TCP
         for ip, port in self.config.listen:
-            self.listen(port, "added", default, ip)
+            self.listen(port, "added", default, ip, "--listen")
         self.listen_for_status()
 
     def listen_for_status(self):
@@ -10351,15 +10351,15 @@ class Ports:
         if places is None:
             try:
                 self.listen(0 if config.port == 0 else port, "status", Listener.STATUS,
-                            "127.0.0.1")
+                            "127.0.0.1", "--status-listen")
             except Trouble as trouble:
-                self.server.warn(f"no status page: {trouble}; see --status-listen")
+                self.server.warn(f"no status page: {trouble}")
         for ip, port in places or ():
             if not config.status_token and not is_loopback(ip):
                 raise Trouble(
                     f"--status-listen {Address(ip or '0.0.0.0', port)} can be reached "
                     "from elsewhere: give a --status-token as well")
-            self.listen(port, "status", Listener.STATUS, ip)
+            self.listen(port, "status", Listener.STATUS, ip, "--status-listen")
 
     def listen_for_api(self, port):
         """Answer web API requests with 404, unless an API server is there."""
@@ -10369,7 +10369,7 @@ class Ports:
         if api_port < 0:
             return
         try:
-            self.listen(api_port, "api", Listener.API)
+            self.listen(api_port, "api", Listener.API, flag="--api-port")
         except Trouble as trouble:
             self.server.warn(f"{trouble}; if that is an API server, --api-port off "
                              "ends this warning")
@@ -10382,17 +10382,17 @@ class Ports:
         beside = port and self.server.rendezvous is not None
         return port + RELAY_OFFSET if beside else port
 
-    def listen(self, port, name, listener, ip=""):
-        """Open one TCP port."""
+    def listen(self, port, name, listener, ip="", flag="-p"):
+        """Open one TCP port, which that flag changes."""
         if not 0 <= port <= 65535:
-            raise Trouble(f"there is no port {port} ({name}): choose another -p")
+            raise Trouble(f"there is no port {port} ({name}): choose another {flag}")
         ip = ip or self.config.bind
-        sock = self.bind(socket.SOCK_STREAM, port, ip)
+        sock = self.bind(socket.SOCK_STREAM, port, ip, flag)
         keep_alive(sock)
         try:
             sock.listen(LISTEN_BACKLOG)
         except OSError as error:
-            failure = bind_failure(socket.SOCK_STREAM, ip, port, error)
+            failure = bind_failure(socket.SOCK_STREAM, ip, port, error, flag)
             raise Trouble(failure) from None
         opened = StreamListener(self.server, sock, name, listener)
         self.listeners.append(opened)
@@ -10411,7 +10411,7 @@ class Ports:
         self.listeners.append(self.datagrams)
         self.log.info(f"listening on udp {self.datagrams.address} (rendezvous)")
 
-    def bind(self, kind, port, ip):
+    def bind(self, kind, port, ip, flag="-p"):
         """A bound, non-blocking socket, for IPv6 and IPv4 where that goes."""
         families = [socket.AF_INET6 if ":" in ip else socket.AF_INET] if ip else [
             socket.AF_INET6, socket.AF_INET]
@@ -10428,7 +10428,8 @@ class Ports:
             except OSError as error:
                 sock.close()
                 if error.errno != errno.EADDRNOTAVAIL or family is families[-1]:
-                    raise Trouble(bind_failure(kind, ip, port, error)) from None
+                    raise Trouble(
+                        bind_failure(kind, ip, port, error, flag)) from None
         raise Trouble("this system has neither IPv6 nor IPv4")
 
     def close(self):
@@ -11375,18 +11376,20 @@ def prepare(sock, kind, dual):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
-def bind_failure(kind, ip, port, error):
-    """What an operator needs to know when a port cannot be had."""
+def bind_failure(kind, ip, port, error, flag):
+    """What an operator needs to know when a port cannot be had, and the flag
+    that changes it."""
     name = "tcp" if kind == socket.SOCK_STREAM else "udp"
     where = f"{name} {Address(ip or '0.0.0.0', port)}"
     if error.errno == errno.EADDRINUSE:
         return (f"cannot listen on {where}: in use by {port_holder(name, port)}; stop "
-                "that program, or choose another port with -p")
+                f"that program, or choose another port with {flag}")
     if error.errno == errno.EACCES:
         return (f"cannot listen on {where}: only root may use ports below 1024; choose "
-                "another port with -p")
+                f"another port with {flag}")
     if error.errno == errno.EADDRNOTAVAIL:
-        return f"cannot listen on {where}: this machine has no such address (see -b)"
+        return (f"cannot listen on {where}: this machine has no such address (see "
+                f"{'-b' if flag == '-p' else flag})")
     return f"cannot listen on {where}: {error.strerror}"
 
 

@@ -20454,6 +20454,28 @@ def test_port_in_use_is_named_with_its_holder(offset):
     assert f"pid {os.getpid()}" in ended.stdout, ended.stdout
 
 
+@pytest.mark.parametrize("flag", ["--listen", "--status-listen"])
+def test_place_that_cannot_be_had_is_named_with_the_flag_that_chose_it(flag):
+    with open_socket(("127.0.0.1", 0)) as held:
+        held.listen(1)
+        told = refuses_to_start(flag, "127.0.0.1:%d" % held.getsockname()[1])
+    assert told.endswith(f"or choose another port with {flag}\n"), told
+    told = refuses_to_start(flag, "192.0.2.1:0", "--status-token", "x")
+    assert told.endswith(f"this machine has no such address (see {flag})\n"), told
+
+
+def test_port_that_is_done_without_is_named_with_the_flag_that_changes_it():
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # then another program has it, which will do
+            page = rustdesk_server.STATUS_PORT
+            stack.enter_context(open_socket(("127.0.0.1", page))).listen(1)
+        base = free_ports(6)
+        stack.enter_context(open_socket(("127.0.0.1", base))).listen(1)
+        log = stack.enter_context(ServerProcess(port=base + 2)).log()
+    assert re.search(r"WARN +no status page: .* another port with --status-listen\n", log)
+    assert re.search(r"another port with --api-port; if that is an API server", log)
+
+
 @linux_only
 def test_datagram_port_in_use_is_named_with_its_holder():
     base = free_ports(5)
