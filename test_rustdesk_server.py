@@ -18971,6 +18971,17 @@ def test_doctor_says_what_a_hang_up_on_this_machine_may_mean(own_server):
     assert "an official server, which keeps a text console there" in report.text
 
 
+def test_doctor_misses_no_key_where_a_relay_runs_alone_without_one():
+    with ServerProcess(role="hbbr", port=free_ports(3)) as relay:
+        assert not os.path.exists(relay.path("id_ed25519"))
+        report = consult(directory=relay.directory)
+        assert "runs here (hbbr)" in report.sentences("ok")["server"]
+        assert "key files" not in {row["topic"] for row in report.rows}, report.text
+        relay.kill()
+        report = consult(directory=relay.directory)  # who knows what starts here next
+        assert "no key yet" in report.sentences("warning")["key files"]
+
+
 def test_doctor_names_a_lost_key(own_server):
     with Peer(own_server).registered():
         os.unlink(own_server.path("id_ed25519"))
