@@ -10109,7 +10109,7 @@ class Server:
         link.end()
 
     def report_kept_back(self):
-        """Once a minute: how many refusals were not logged."""
+        """Once a minute, and at the end: how many refusals were not logged."""
         for word, count in self.lines_this_minute.items():
             if count > self.limits.log_lines:
                 more = count - self.limits.log_lines
@@ -10309,6 +10309,7 @@ class Server:
         if self.store is not None:
             self.keeper.save_seen(list(self.rendezvous.registrations))
             self.keeper.close()
+        self.report_kept_back()
         self.log.info("stopped")
         self.log.flush()
 

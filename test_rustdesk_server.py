@@ -16846,13 +16846,17 @@ def test_relay_quotas_are_refused_under_their_own_words():
         told_of(server, "too-many-sessions")
 
 
-def test_lines_of_a_refusal_are_so_many_a_minute():
+def test_lines_of_a_refusal_are_so_many_a_minute_and_the_rest_a_number_at_the_end():
     with ServerProcess("--limit", "log-lines=3") as server:
         for _ in range(8):
             with Initiator(server).open() as link:
                 link.send(Initiator(server).punch_request("987654321"))
                 link.expect("punch_hole_response")
         assert server.log().count("refused, unknown-id: ") == 3
+        assert server.terminate() == 0
+        log = server.log()
+        assert "unknown-id: 5 more in the last minute\n" in log, log
+        assert log.index("5 more in") < log.index("stopped\n")
 
 
 # -- keys --
