@@ -10942,8 +10942,9 @@ class StatusService:
         token = self.server.config.status_token.encode()
         shown = dict(part.partition("=")[::2] for part in query.split("&"))
         bearer = request.headers.get("authorization", "").partition(" ")[2]
-        return not token or any(hmac.compare_digest(text.encode(), token)
-                                for text in (shown.get("token", ""), bearer))
+        return not token or any(
+            hmac.compare_digest(text, token)
+            for text in (unquote(shown.get("token", "")), bearer.encode()))
 
     def page(self):
         """For a person."""
@@ -11009,6 +11010,13 @@ class StatusService:
                 "sessions_open": len(sessions),
                 "bits_per_second": round(1000 * sum(one.rate for one in sessions)),
                 "sessions": [session_facts(session, now) for session in shown]}
+
+
+def unquote(text):
+    """The bytes that a part of a query means, with their %XX in place; a % that
+    begins none stands for itself."""
+    return re.sub(b"%([0-9A-Fa-f]{2})", lambda found: bytes.fromhex(found[1].decode()),
+                  text.encode())
 
 
 #: Peers and sessions that the status shows; the commands show all.

@@ -11398,6 +11398,21 @@ def test_status_is_told_to_nobodys_page_and_to_nobody_without_the_token():
         assert bearer[0] == 200
 
 
+@pytest.mark.parametrize("text, meant", [
+    ("", b""), ("a+b", b"a+b"), ("%61%2b%2B%26", b"a++&"), ("%c3%A4", "\xe4".encode()),
+    ("%2541", b"%41"), ("%", b"%"), ("%6", b"%6"), ("%6g%61", b"%6ga"),
+    ("%%61", b"%a"), ("%+1%-1% 1", b"%+1%-1% 1"), ("%ff%00", b"\xff\0")])
+def test_what_a_query_means_is_decoded_where_it_is_well_formed(text, meant):
+    assert rustdesk_server.unquote(text) == meant
+
+
+def test_token_of_any_letters_is_shown_as_a_browser_sends_it():
+    with ServerProcess("--status-token", "50% & \xe4") as server:
+        for query, status in ("50%25%20%26%20%C3%A4", 200), ("50%%20%26%20%c3%a4", 200), (
+                "50%25", 401), ("50%25%20%26%20%E4", 401):
+            assert ask_status(server, f"/metrics?token={query}")[0] == status, query
+
+
 @pytest.mark.parametrize("path", ["/", "/metrics", "/status.json", "/other"])
 def test_head_of_the_status_is_answered_without_a_body(server, path):
     with TcpLink(server.address("status"), ("127.0.0.1", 0)) as link:
