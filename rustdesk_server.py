@@ -5982,7 +5982,9 @@ class Rendezvous:
             yield Send(origin.link, RelayResponse(refuse_reason=reason))
             return
         if not usable_session_uuid(request.uuid):
-            raise Refused(Refusal.NO_SESSION_UUID, f"RequestRelay for {request.id!a}")
+            yield Refuse(Refusal.NO_SESSION_UUID, text, request.id)
+            yield Close(origin.link)
+            return
         if len(request.relay_server.encode()) > MAX_HOST_BYTES:
             raise Refused(Refusal.MALFORMED, "a relay's name that is too long")
         awaited = self.await_answer(origin, request.id, now)

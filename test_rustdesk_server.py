@@ -7573,7 +7573,8 @@ def test_relay_to_a_target_that_is_not_there_is_refused_at_once(
 @pytest.mark.parametrize("uuid", UNUSABLE_UUIDS)
 def test_relay_request_needs_its_uuid(uuid):
     world, a = introduced()
-    assert world.say(RequestRelay(id=B_ID, uuid=uuid), a) == [Refusal.NO_SESSION_UUID]
+    assert world.say(RequestRelay(id=B_ID, uuid=uuid), a) == [
+        Refusal.NO_SESSION_UUID, Close(a.link)]
 
 
 def test_long_relay_name_does_not_blow_up_the_datagram():
@@ -16983,6 +16984,14 @@ def ask_relay_in_vain(server):
     return peer_id
 
 
+def ask_relay_without_a_uuid(server):
+    """A asks that a peer come to the relay, and names no session."""
+    with Peer(server).registered() as peer, Initiator(server).open() as link:
+        link.tell("request_relay", id=peer.peer_id)
+        assert link.ended()
+        return peer.peer_id
+
+
 def ask_for_one_from_before_a_restart(server):
     with Peer(server).registered() as peer:
         server.restart()
@@ -17317,6 +17326,7 @@ RELAY_LINK, RELAY_LINK_TO = "relay link from {ip}", "relay link from {ip} to '{i
 REASONS = [
     reason("unknown-id", punch_in_vain, ASKED),
     reason("unknown-id", ask_relay_in_vain, "{ip} wants to relay to '{id}'"),
+    reason("no-session-uuid", ask_relay_without_a_uuid, "{ip} wants to relay to '{id}'"),
     reason("offline", ask_for_one_from_before_a_restart, (
         ASKED + ", which was not heard of since this server's start, or for a day"),
         "--limit", "log-lines=20"),
