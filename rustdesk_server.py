@@ -4450,6 +4450,8 @@ class PeerStore:
     COMPACT_FROM_BYTES = 256 * 1024
     #: Lines written per step while a file is written anew.
     SLICE_LINES = 500
+    #: A page: a disk that takes one takes records.
+    TRIAL_BYTES = 4096
 
     def __init__(self, path):
         self.path = path
@@ -4557,6 +4559,14 @@ class PeerStore:
             raise
         self.file_bytes += written
         self.unsynced = True
+
+    def try_disk(self):
+        """Have the disk take a page, which is cut off at once; OSError if it
+        does not."""
+        self.write(b" " * self.TRIAL_BYTES)
+        self.file_bytes -= self.TRIAL_BYTES
+        self.spoiled = True
+        self.cut()
 
     def cut(self):
         """Cut off what a failed write left; nothing is appended before that
@@ -10276,6 +10286,8 @@ class Server:
         ask."""
         if self.store is not None and self.store.descriptor is None:
             return "degraded: the store cannot be written"
+        if self.store is not None and self.keeper.refused:
+            return "degraded: the disk takes no new peers"
         return "ok"
 
     def stop(self, reason):
@@ -11141,6 +11153,7 @@ class StoreKeeper:
         self.store = store
         self.pending = []  # `Store` actions of this turn
         self.syncing = False
+        self.refused = False  # the disk did not take what it was given last
         self.compact_after = 0.0  # not before, since it failed
         self.unsaved = []  # peer ids whose last-seen time is looked at next
         self.untidied = iter(())  # peer ids that are looked through next
@@ -11177,7 +11190,7 @@ class StoreKeeper:
             if not action.peer.created:
                 action.peer.created = action.peer.seen = wall
         try:
-            self.store.append([(action.peer, action.replaces) for action in actions])
+            self.append([(action.peer, action.replaces) for action in actions])
         except OSError as error:
             if self.server.may_log("disk"):
                 self.log.error(f"cannot write {self.store.path}: {error.strerror}; new "
@@ -11188,6 +11201,19 @@ class StoreKeeper:
         for answer in answers:
             self.loop.attempt(lambda: self.server.perform(answer(self.loop.now)))
 
+    def append(self, records):
+        """Append records; OSError if the disk does not take them, which is
+        remembered until it takes something."""
+        self.refused = True
+        self.store.append(records)
+        self.refused = False
+
+    def try_again(self):
+        """Whether the disk takes something by now, though nobody has come."""
+        with contextlib.suppress(OSError):
+            self.store.try_disk()
+            self.refused = False
+
     def tend(self):
         """Let appended records reach the disk, and write the file anew when it
         pays."""
@@ -11197,6 +11223,8 @@ class StoreKeeper:
             self.server.helper.run(store.sync, self.on_synced)
         if self.server.ticks % 10 == 0:
             self.check_file()
+            if self.refused:
+                self.try_again()
         if store.descriptor is None:
             self.reopen()
         elif store.needs_compaction() and self.loop.now >= self.compact_after:
@@ -11239,7 +11267,7 @@ class StoreKeeper:
                 self.server.rendezvous.end_route(peer_id)
         try:
             if before:
-                self.store.append([(peer, None) for peer in before])
+                self.append([(peer, None) for peer in before])
         except OSError:  # it is tried again; who waits for a record is told
             for peer, seen in before.items():
                 peer.seen = seen

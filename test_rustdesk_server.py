@@ -18232,6 +18232,43 @@ def test_file_system_that_is_full_keeps_all_it_has_taken(disk, tmp_path):
 
 
 @needs_mount
+def test_health_tells_of_a_full_disk_until_there_is_room_again(disk, tmp_path):
+    """By itself, and by the next record too; the trial leaves nothing behind."""
+    sick = b"\r\n\r\ndegraded: the disk takes no new peers\n"
+    with server_on(disk, tmp_path) as server, Peer(server).registered() as known:
+        peers = [known]
+        for heals in False, True:
+            assert ask_health(server).endswith(b"\r\n\r\nok\n")
+            filler = fill_up(disk)
+            peers += register_until_refused(server)
+            assert ask_health(server).endswith(sick)
+            filler.unlink()
+            if heals:
+                peers.append(Peer(server).registered())
+            wait_until(lambda: not ask_health(server).endswith(sick), 15)
+        assert {line[:1] for line in server.read("peers.jsonl").splitlines()} == {"{"}
+        assert len(reloaded(disk / "peers.jsonl")) == len(peers)
+        for peer in peers:
+            peer.socket.close()
+
+
+@needs_mount
+def test_page_that_tries_the_disk_is_cut_off_again(disk):
+    store = rustdesk_server.PeerStore(str(disk / "peers.jsonl"))
+    store.open()
+    for number in range(3):
+        store.append([(peer(str(number), number), None)])
+        filler = fill_up(disk)
+        with pytest.raises(OSError, match="No space left"):
+            store.try_disk()
+        filler.unlink()
+        store.try_disk()
+    assert os.path.getsize(store.path) == store.file_bytes
+    store.close()
+    assert set(reloaded(store.path)) == {"0", "1", "2"}
+
+
+@needs_mount
 def test_first_start_without_room_makes_no_half_key(disk):
     filler = fill_up(disk)
     status, said = maintain(disk, "hbbs", "-p", "0", "-b", "127.0.0.1")
