@@ -10784,12 +10784,15 @@ class Operator:
     # -- for the doctor --------------------------------------------------------
 
     def facts(self, words, answer):
-        """Where we listen, as a doctor on this machine has to know it."""
+        """Where we listen and what key clients need, as a doctor on this machine
+        has to know it."""
         server = self.server
         ports = {listener.name: listener.address.port
                  for listener in server.ports.listeners}
         entries = server.config.relay_servers
+        key = server.rendezvous and server.rendezvous.key
         answer({"pid": os.getpid(), "role": server.role, "ports": ports,
+                "key": (key.public_text or key.required) if key else "",
                 "bind": server.config.bind, "rmem": server.config.rmem,
                 "relays": [[entry.name, bool(entry.network)] for entry in entries]})
 
@@ -13339,26 +13342,37 @@ def find_client_config(config, host, relay, api):
 
     Trouble if it has no key yet, ValueError for a name that is none.
     """
-    setting = config.key if config.key is not None else "-"
+    running = running_server() if None in (config.port, config.key) else {}
+    text = running.get("key") if config.key is None else ""
+    text = text or configured_key(config.key)
+    host = host or host_for_clients(config.bind)
+    if not host:
+        raise ValueError("this machine has no address of its own; name it by --host")
+    port = config.port
+    if port is None:
+        port = running["ports"]["rendezvous"] if running else RENDEZVOUS_PORT
+    return client_config(parse_host(host), port, relay and parse_host(relay), text, api)
+
+
+def configured_key(setting):
+    """The key that clients need by that setting, or by the files; Trouble if
+    there is none yet."""
+    setting = "-" if setting is None else setting
     key, warnings = load_server_key(setting, False, ".", None)
     text = key.public_text or key.required
     if not text:
         raise Trouble(f"{warnings[0]} in {os.getcwd()}; --directory names another")
-    host = host or host_for_clients(config.bind)
-    if not host:
-        raise ValueError("this machine has no address of its own; name it by --host")
-    port = running_port() if config.port is None else config.port
-    return client_config(parse_host(host), port, relay and parse_host(relay), text, api)
+    return text
 
 
-def running_port():
-    """The port of the ID server that runs here, whose flags say more than the
-    configuration does; without one, the usual port."""
+def running_server():
+    """The facts of the ID server that runs here, whose flags say more than the
+    configuration does; {} without one."""
     for role in ("both", "hbbs") if hasattr(socket, "AF_UNIX") else ():
         for facts in ask_door(role, ["facts"]):
             if "rendezvous" in facts.get("ports", {}):
-                return facts["ports"]["rendezvous"]
-    return RENDEZVOUS_PORT
+                return facts
+    return {}
 
 
 def show_client_instructions(told, host):

@@ -21130,6 +21130,21 @@ def test_client_config_names_the_port_that_a_flag_gave_the_running_server(role):
     assert (typed["host"], flagged["host"]) == ("rd.example.org:9", "a.example:8")
 
 
+@pytest.mark.parametrize("flag, needed", [(SECRET, PUBLIC), ("a text", "a text")])
+@pytest.mark.parametrize("role", [None, "hbbs"])
+def test_client_config_names_the_key_that_a_flag_gave_the_running_server(
+        role, flag, needed):
+    other = rustdesk_server.generate_secret(os.urandom)
+    with ServerProcess("-k", flag, role=role) as server:
+        server.write("id_ed25519", base64.b64encode(other).decode())
+        told = told_to_clients(server.directory, "--host", "a.example")
+        flagged = told_to_clients(server.directory, "--host", "a.example", "-k", "-")
+        facts = order(server, "facts")
+    assert (told["key"], flagged["key"]) == (
+        needed, base64.b64encode(other[32:]).decode())
+    assert facts["key"] == needed and SECRET not in json.dumps(facts)
+
+
 def test_client_config_takes_a_key_that_is_a_setting(tmp_path):
     told = told_to_clients(tmp_path, "--host", "a.example",
                            environment=dict(KEY=SECRET))
