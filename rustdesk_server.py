@@ -8714,6 +8714,10 @@ class Connection(Link):
         if data is not None and self.state is State.COMMAND:
             self.answer_command()
         elif data is not None:
+            if self.channel is not None and self.state is State.FRESH:
+                self.server.refuse(Refusal.SECURE_FAILED, (
+                    f"{self.address} was shown our signature and hung up: it has the "
+                    "key of another server, or looks only whether the port is open"))
             self.close()
 
     def on_frame_bytes(self, data):

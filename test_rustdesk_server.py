@@ -17473,7 +17473,7 @@ def test_status_without_an_id_tells_what_goes_on_and_counts_outcomes(server):
 
 
 def test_id_that_a_stranger_made_long_widens_no_row_but_its_own(server):
-    long = "x" * 100
+    long = "wide" * 25
     with Peer(server, long).registered(), Peer(server).registered() as peer:
         _, said = ask_cli(server, "peers", long, peer.peer_id)
     rows = {row.split()[0]: row for row in said.splitlines()[:3]}
