@@ -6297,12 +6297,8 @@ class Flow:
     def grant(self, more):
         """Let so much more be moved."""
         self.allowance = self.granted = max(0, self.allowance) + more
-        self.widen()
-        self.starved = False
-
-    def widen(self):
-        """Let it move as much at a time as it may at all."""
         self.window = max(MIN_READ_BYTES, min(PIPE_BUFFER_BYTES, self.allowance))
+        self.starved = False
 
     def limit(self):
         """Let it ask before it moves much."""
@@ -9145,8 +9141,6 @@ class Pipe:
         if self.unsent:
             return
         self.unsent = None
-        if self.server.held_bytes <= self.server.limits.held_bytes // 2:
-            self.flow.widen()
         self.sink.watch(self.sink.interest & ~WRITE)
         if self.ended:
             self.server.end_session(self.session, self.ended, self.source)

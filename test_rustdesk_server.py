@@ -77,7 +77,6 @@ import sys
 import tempfile
 import threading
 import time
-import types
 import warnings
 import xml.etree.ElementTree
 
@@ -9701,29 +9700,6 @@ def test_result_that_cannot_be_used_keeps_no_other_from_being_told():
         helper.results.append((done, "result"))
     helper.on_results(rustdesk_server.READ)
     assert (told, len(faults)) == (["result"], 1)
-
-
-class End:
-    """One end of a session, as a pipe sees it."""
-
-    def __init__(self, server, sock):
-        self.server, self.socket, self.interest = server, sock, rustdesk_server.READ
-
-    def watch(self, interest):
-        self.interest = interest
-
-
-def test_reads_are_small_while_much_is_held_and_then_large_again():
-    server = types.SimpleNamespace(held_bytes=0, limits=limits_of(("held_bytes", 1000)))
-    one, two = socket.socketpair()
-    with one, two:
-        flow = rustdesk_server.Flow()
-        pipe = rustdesk_server.Pipe(End(server, one), End(server, two), None, flow)
-        pipe.hold(bytes(501))
-        assert flow.window == rustdesk_server.HELD_READ_BYTES
-        pipe.on_writable()
-        assert flow.window == rustdesk_server.PIPE_BUFFER_BYTES
-        assert server.held_bytes == 0 and len(one.recv(1000)) == 501
 
 
 # == 18. Server ================================================================
