@@ -2242,10 +2242,14 @@ def answer_handshake(request):
     key = headers.get("sec-websocket-key", "")
     if not NONCE.fullmatch(key):
         return http_response("400 Bad Request", "bad Sec-WebSocket-Key"), False
-    digest = base64.b64encode(hashlib.sha1(key.encode() + WEBSOCKET_GUID).digest())
     head = (b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\n"
             b"Connection: Upgrade\r\nSec-WebSocket-Accept: ")
-    return head + digest + b"\r\n\r\n", True
+    return head + accept_value(key.encode()) + b"\r\n\r\n", True
+
+
+def accept_value(key):
+    """What proves that a Sec-WebSocket-Key was understood (RFC 6455 4.2.2)."""
+    return base64.b64encode(hashlib.sha1(key + WEBSOCKET_GUID).digest())
 
 
 def unmask(payload, mask):
@@ -2718,16 +2722,21 @@ def base_rows():
     return ED25519_ROWS
 
 
+def encode_point(point):
+    """The 32 bytes that stand for a point (RFC 8032 5.1.2)."""
+    inverse = pow(point[2], -1, ED25519_PRIME)
+    x, y = point[0] * inverse % ED25519_PRIME, point[1] * inverse % ED25519_PRIME
+    return (y | (x & 1) << 255).to_bytes(32, "little")
+
+
 def multiply_base(scalar):
-    """`scalar` times the base point, in the 32-byte form of RFC 8032 5.1.2."""
+    """`scalar` times the base point, encoded."""
     point = (0, 1, 1, 0)
     for i, row in enumerate(base_rows()):
         digit = scalar >> 4 * i & 15
         if digit:
             point = add_points(point, row[digit - 1])
-    inverse = pow(point[2], -1, ED25519_PRIME)
-    x, y = point[0] * inverse % ED25519_PRIME, point[1] * inverse % ED25519_PRIME
-    return (y | (x & 1) << 255).to_bytes(32, "little")
+    return encode_point(point)
 
 
 def expand_seed(seed):
@@ -2787,17 +2796,15 @@ def is_signed_by(public, data):
     5.1.7)."""
     challenge = hashlib.sha512(data[:32] + public + data[64:]).digest()
     scalar = int.from_bytes(data[32:64], "little")
+    if len(data) < 64 or scalar >= ED25519_ORDER:
+        return False
     try:
-        one = multiply_point(
+        product = multiply_point(
             int.from_bytes(challenge, "little") % ED25519_ORDER, decode_point(public))
-        one = add_points(decode_point(data[:32]), one)
+        total = add_points(decode_point(data[:32]), product)
     except ValueError:
         return False
-    x, y, z, _ = multiply_point(scalar, (*ED25519_BASE, 1, ED25519_BASE[0]
-                                         * ED25519_BASE[1] % ED25519_PRIME))
-    return len(data) >= 64 and scalar < ED25519_ORDER and not (
-        (x * one[2] - one[0] * z) % ED25519_PRIME
-        or (y * one[2] - one[1] * z) % ED25519_PRIME)
+    return multiply_base(scalar) == encode_point(total)
 
 
 def nacl_public_key(seed):
@@ -5681,9 +5688,7 @@ class Rendezvous:
         """Tell B where A is."""
         awaited = self.await_answer(origin, request.id, now)
         if awaited is None:
-            text = f"{origin.address} asked for {show(request.id)} as well"
-            yield Refuse(Refusal.TOO_MANY_TARGETS, text, request.id)
-            yield Close(origin.link)
+            yield from self.refuse_target(request, origin)
             return
         awaited.vouched = self.key.vouches(request.licence_key)
         self.accepted.put((network_key(origin.address.ip), request.id), True, now)
@@ -5691,6 +5696,12 @@ class Rendezvous:
             origin.address.ip, request.id, target.address.ip, now)
         self.called.put(target.address.ip, True, now)
         yield target.send(self.call_message(request, awaited, target))
+
+    def refuse_target(self, request, origin):
+        """A asks for more peers at a time than it may."""
+        text = f"{origin.address} asked for {show(request.id)} as well"
+        yield Refuse(Refusal.TOO_MANY_TARGETS, text, request.id)
+        yield Close(origin.link)
 
     def admits_request(self, peer_id, place, now):
         """Whether a place may ask for a connection once more; counts it."""
@@ -5999,9 +6010,7 @@ class Rendezvous:
             raise Refused(Refusal.MALFORMED, "a relay's name that is too long")
         awaited = self.await_answer(origin, request.id, now)
         if awaited is None:
-            text = f"{origin.address} asked for {show(request.id)} as well"
-            yield Refuse(Refusal.TOO_MANY_TARGETS, text, request.id)
-            yield Close(origin.link)
+            yield from self.refuse_target(request, origin)
             return
         awaited.call = Call.RELAY
         self.called.put(target.address.ip, True, now)
@@ -6187,9 +6196,7 @@ class Rendezvous:
             peer_id for peer_id, registration in self.registrations.items()
             if registration.is_online(now)}
         for peer_id in self.were_online - before:
-            registration = self.registrations[peer_id]
-            yield Event("peer-online", peer_id,
-                        f"{registration.transport} from {registration.address}")
+            yield Event("peer-online", peer_id, self.registrations[peer_id].way)
         for peer_id in before - self.were_online:
             yield Event("peer-offline", peer_id, "")
 
@@ -9515,6 +9522,14 @@ def keep_alive(sock):
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
+def look_up(host, port):
+    """What a name means (getaddrinfo); OSError or UnicodeError if nothing.
+
+    As bytes, since text needs a module that small systems lack.
+    """
+    return socket.getaddrinfo(host.encode("ascii"), port, type=socket.SOCK_STREAM)
+
+
 def resolve_relays(names):
     """(name, family, sockaddr) of each relay that resolves; blocks, for the
     helper."""
@@ -9522,9 +9537,7 @@ def resolve_relays(names):
     for name in names:
         host, port = split_host(name)
         try:
-            # As bytes, since text needs a module that small systems lack.
-            found = socket.getaddrinfo(
-                host.encode("ascii"), port or RELAY_PORT, type=socket.SOCK_STREAM)
+            found = look_up(host, port or RELAY_PORT)
         except (OSError, UnicodeError):
             continue
         targets.append((name, found[0][0], found[0][4]))
@@ -10623,11 +10636,9 @@ class Operator:
         if self.relay is None:
             answer({})
             return
-        rows = [[facts["number"], facts["peer"], facts["first"], facts["second"],
-                 facts["seconds"], round(facts["bytes"] / 1e6, 2),
-                 round(facts["bits_per_second"] / 1000)]
-                for session in self.relay.sessions.values()
-                for facts in [session_facts(session, self.server.loop.now)]]
+        now = self.server.loop.now
+        rows = [session_row(session_facts(session, now))
+                for session in self.relay.sessions.values()]
         answer({"columns": ["number", "peer", "one end", "other end", "seconds", "MB",
                             "kb/s"],
                 "rows": rows, "said": f"{len(rows)} sessions"})
@@ -10811,6 +10822,13 @@ class Operator:
     }
     #: What only the ID server can do or tell.
     OF_RENDEZVOUS = frozenset(("peers", "approve", "relay-servers", "always-use-relay"))
+
+
+def session_row(facts):
+    """A session as a row of a table, in MB and kb/s."""
+    return [facts["number"], facts["peer"], facts["first"], facts["second"],
+            facts["seconds"], round(facts["bytes"] / 1e6, 2),
+            round(facts["bits_per_second"] / 1000)]
 
 
 def peer_row(facts, wall):
@@ -11437,20 +11455,26 @@ def bind_failure(kind, ip, port, error, flag):
 
 def port_holder(kind, port):
     """Who holds a port, as far as /proc tells: "pid 812 (hbbs)"."""
-    inodes = set()
+    # TCP: listening sockets only (state 0A).
+    inodes = {row[9] for row in socket_rows(kind, port)
+              if kind == "udp" or row[3] == "0A"}
+    for pid in filter(str.isdigit, os.listdir("/proc") if inodes else []):
+        if holds_inode(pid, inodes):
+            return f"pid {pid} ({command_of(pid)})"
+    return "another program"
+
+
+def socket_rows(kind, port):
+    """What /proc tells of the sockets of a port, "tcp" or "udp": rows of words."""
+    found = []
     for name in f"/proc/net/{kind}", f"/proc/net/{kind}6":
         try:
             with open(name, encoding="ascii") as file:
                 rows = [line.split() for line in file][1:]
         except OSError:
             continue
-        # TCP: listening sockets only (state 0A); the port is in hexadecimal.
-        inodes |= {row[9] for row in rows if row[1].endswith(f":{port:04X}")
-                   and (kind == "udp" or row[3] == "0A")}
-    for pid in filter(str.isdigit, os.listdir("/proc") if inodes else []):
-        if holds_inode(pid, inodes):
-            return f"pid {pid} ({command_of(pid)})"
-    return "another program"
+        found += [row for row in rows if row[1].endswith(f":{port:04X}")]
+    return found
 
 
 def command_of(pid):
@@ -12077,11 +12101,7 @@ class Patient:
         self.directory = self.config = None  # where its state is, if that is here
         self.facts = {}  # what the server of that directory says of itself
         self.relays = ()  # (name, whether it is for one network) that clients are told
-        self.ports = {
-            "rendezvous": port, "nat-test": port + NAT_TEST_OFFSET,
-            "rendezvous-websocket": port + WEBSOCKET_OFFSET,
-            "relay": port + RELAY_OFFSET,
-            "relay-websocket": port + RELAY_OFFSET + WEBSOCKET_OFFSET}
+        self.ports = ports_around(port)
         self.takes_key = None  # the ID server, once it has answered by TCP
 
     def meet(self, facts, take_ports):
@@ -12090,9 +12110,8 @@ class Patient:
         self.relays = self.relays or facts.get("relays", ())
         if take_ports:
             ports = facts.get("ports", {})
-            if "rendezvous" in ports:  # where clients look for a relay (protocol 1.1)
-                port = ports["rendezvous"]
-                self.ports.update({"relay": port + 1, "relay-websocket": port + 3})
+            if "rendezvous" in ports:
+                self.ports.update(ports_around(ports["rendezvous"]))
             self.ports.update(ports)
 
     @property
@@ -12107,6 +12126,15 @@ class Patient:
             if "session_uuid" in reply:
                 return reply["session_uuid"]
         return f"doctor-{os.urandom(16).hex()}"
+
+
+def ports_around(port):
+    """Where clients look for everything that they know one port of (protocol
+    1.1)."""
+    return {"rendezvous": port, "nat-test": port + NAT_TEST_OFFSET,
+            "rendezvous-websocket": port + WEBSOCKET_OFFSET,
+            "relay": port + RELAY_OFFSET,
+            "relay-websocket": port + RELAY_OFFSET + WEBSOCKET_OFFSET}
 
 
 def is_own_address(ip):
@@ -12126,9 +12154,7 @@ def is_own_address(ip):
 def resolve(host, port):
     """The addresses of a name, IPv4 first; NoAnswer if it has none."""
     try:
-        # As bytes, since text needs a module that small systems lack.
-        found = socket.getaddrinfo(
-            host.encode("ascii"), port, type=socket.SOCK_STREAM)
+        found = look_up(host, port)
     except (OSError, UnicodeError) as error:
         raise NoAnswer(
             f"the name {host!a} has no address: {getattr(error, 'strerror', error)}",
@@ -12448,15 +12474,14 @@ def find_websocket(patient, name="rendezvous-websocket", ip=None):
                    b"Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
                    b"Sec-WebSocket-Key: " + key + b"\r\n\r\n")
         head, _, data = probe.read_until(b"\r\n\r\n").partition(b"\r\n\r\n")
-        proof = base64.b64encode(hashlib.sha1(key + WEBSOCKET_GUID).digest())
-        if not head.startswith(b"HTTP/1.1 101") or proof not in head:
+        if not head.startswith(b"HTTP/1.1 101") or accept_value(key) not in head:
             line = show_bytes(head.partition(b"\r\n")[0])
             yield (WARNING, f"tcp {address} makes no WebSocket of a connection: "
                    f"{line or 'it hangs up'}", "see what listens there")
             return
         if name == "rendezvous-websocket":
             query = encode_message(OnlineRequest(id=DOCTORS_ID, peers=[DOCTORS_ID]))
-            probe.send(bytes((0x80 | BINARY, 0x80 | len(query))) + bytes(4) + query)
+            probe.send(bytes((WHOLE_BINARY, 0x80 | len(query))) + bytes(4) + query)
             states = encode_message(OnlineResponse(states=b"\0"))
             wanted = websocket_header(len(states)) + states
             if wanted not in data and wanted not in probe.read_until(wanted, 1):
@@ -12860,17 +12885,8 @@ def find_receive_buffer(patient):
 def dropped_datagrams(port):
     """How many datagrams to a UDP port were dropped for want of room; None if
     /proc does not tell."""
-    found = None
-    for name in "/proc/net/udp", "/proc/net/udp6":
-        try:
-            with open(name, encoding="ascii") as file:
-                rows = [line.split() for line in file][1:]
-        except OSError:
-            continue
-        for row in rows:
-            if row[1].endswith(f":{port:04X}"):
-                found = (found or 0) + int(row[-1])
-    return found
+    rows = socket_rows("udp", port)
+    return sum(int(row[-1]) for row in rows) if rows else None
 
 
 # -- the examination -----------------------------------------------------------
@@ -13368,7 +13384,7 @@ def configured_key(setting):
 def running_server():
     """The facts of the ID server that runs here, whose flags say more than the
     configuration does; {} without one."""
-    for role in ("both", "hbbs") if hasattr(socket, "AF_UNIX") else ():
+    for role in "both", "hbbs":
         for facts in ask_door(role, ["facts"]):
             if "rendezvous" in facts.get("ports", {}):
                 return facts
@@ -13457,8 +13473,7 @@ def parse_doctor(arguments):
 def admit(given):
     """The `Patient` that the arguments of `doctor` name."""
     config = load_config("both", {}, os.environ, ".") if has_state(".") else None
-    replies = [reply for role in ("both", "hbbs", "hbbr") if config is not None
-               for reply in ask_door(role, ["facts"])]
+    replies = ask_doors(["facts"]) if config is not None else ()
     host, port = split_host(given.host or own_host(config))
     take_ports = port is None
     if port is None:
@@ -13469,8 +13484,7 @@ def admit(given):
     if key is None and config is not None:
         with contextlib.suppress(Trouble):  # the check of the key files tells
             key = load_server_key(config.key or "-", False, ".", None)[0].required
-    patient = Patient(host, port, key or "", given.timeout, lambda line: [
-        reply for role in ("both", "hbbs", "hbbr") for reply in ask_door(role, line)])
+    patient = Patient(host, port, key or "", given.timeout, ask_doors)
     if config is not None:
         patient.directory, patient.config = ".", config
         patient.relays = [(entry.name, bool(entry.network))
@@ -13559,14 +13573,19 @@ def order(command):
         parser.add_argument("--json", action="store_true", help="for programs")
         given = parser.parse_args(arguments)
         enter_directory({"directory": given.directory})
-        replies = [reply for role in ("both", "hbbs", "hbbr")
-                   for reply in ask_door(role, [command, *given.words])]
+        replies = ask_doors([command, *given.words])
         if not replies:
             raise SystemExit("rustdesk_server: no server runs in "
                              f"{os.getcwd()}; --directory names another")
         return show_replies(replies, given.json)
 
     return run
+
+
+def ask_doors(line):
+    """The replies of all servers that run here, the ID server's first."""
+    return [reply for role in ("both", "hbbs", "hbbr")
+            for reply in ask_door(role, line)]
 
 
 def ask_door(role, line):

@@ -18819,29 +18819,24 @@ def test_doctor_finds_a_sound_server_sound_over_ipv6(walled):
 
 
 @needs_walls
-@pytest.mark.parametrize("verdict, words", [
-    ("drop", "udp 203.0.113.1:21116 is blocked: no answer to 3 datagrams, while TCP "
-             "answers; a firewall drops it"),
-    ("reject", "udp 203.0.113.1:21116 refuses: nothing listens there, or a firewall "
-               "rejects it")])
-def test_doctor_names_blocked_udp(walled, verdict, words):
-    put_wall(walled.host, "input", f"udp dport 21116 {verdict}")
+@pytest.mark.parametrize("rule, topic, words, way", [
+    ("udp dport 21116 drop", "registration",
+     "udp 203.0.113.1:21116 is blocked: no answer to 3 datagrams, while TCP answers; a "
+     "firewall drops it", "UDP 21116 through"),
+    ("udp dport 21116 reject", "registration",
+     "udp 203.0.113.1:21116 refuses: nothing listens there, or a firewall rejects it",
+     "UDP 21116 through"),
+    ("tcp dport 21117 drop", "relay",
+     "tcp 203.0.113.1:21117 does not answer within 2 s: a firewall drops it",
+     "let TCP 21117 through"),
+    ("tcp dport 21117 reject with tcp reset", "relay",
+     "tcp 203.0.113.1:21117 refuses: nothing listens there, or a firewall rejects it",
+     "let TCP 21117 through")])
+def test_doctor_names_a_blocked_port(walled, rule, topic, words, way):
+    put_wall(walled.host, "input", rule)
     report = visit(walled)
-    sentence, remedy = report.only("fault", "registration")
-    assert sentence.startswith(words) and "UDP 21116 through" in remedy
-    assert report.status == 1 and not report.sentences("warning")
-
-
-@needs_walls
-@pytest.mark.parametrize("verdict, words", [
-    ("drop", "tcp 203.0.113.1:21117 does not answer within 2 s: a firewall drops it"),
-    ("reject with tcp reset", "tcp 203.0.113.1:21117 refuses: nothing listens there, "
-                              "or a firewall rejects it")])
-def test_doctor_names_a_blocked_relay_port(walled, verdict, words):
-    put_wall(walled.host, "input", f"tcp dport 21117 {verdict}")
-    report = visit(walled)
-    sentence, remedy = report.only("fault", "relay")
-    assert sentence.startswith(words) and "let TCP 21117 through" in remedy
+    sentence, remedy = report.only("fault", topic)
+    assert sentence.startswith(words) and way in remedy
     assert report.status == 1 and not report.sentences("warning")
 
 
