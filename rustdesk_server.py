@@ -1842,6 +1842,7 @@ def printable(text):
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
+@functools.lru_cache(maxsize=4096)
 def normalise_ip(text):
     """Undress an IPv4 address that an IPv6 socket shows as ::ffff:a.b.c.d."""
     if not text.startswith("::"):
@@ -4947,6 +4948,8 @@ class Listener(enum.Enum):
     WEBSOCKET = "websocket"  # a WebSocket to the ID server
     RELAY = "relay"  # the relay, either transport
 
+    __hash__ = object.__hash__  # enumerations hash their names, in Python
+
 
 class Link:
     """One TCP or WebSocket connection as a role sees it.
@@ -7968,6 +7971,7 @@ class Loop:
         turn is kept short.
         """
         select, clock, heap = self.selector.select, time.monotonic, self.timers.heap
+        on_turn = self.on_turn
         self.running = True
         while self.running:
             ready = select(heap[0][0] - clock() if heap else None)
@@ -7980,7 +7984,10 @@ class Loop:
             if heap and heap[0][0] <= self.now:
                 for action in self.timers.due(self.now):
                     self.attempt(action)
-            self.attempt(self.on_turn)
+            try:
+                on_turn()
+            except Exception as error:
+                self.on_fault(on_turn, error)
 
     def attempt(self, action):
         """Do something; what it raises is our fault, and no reason to stop."""
@@ -8068,6 +8075,8 @@ RECEIVE_BYTES = 16 * 1024
 #: for all, by a system call more.  Windows has no such flag.
 DONT_WAIT = int(getattr(socket, "MSG_DONTWAIT", 0))
 PEEK = int(socket.MSG_PEEK) | DONT_WAIT
+#: What is sent so leaves together with our end, in one packet; Linux's.
+WITH_END = int(getattr(socket, "MSG_MORE", 0)) | DONT_WAIT
 #: Python names it from 3.14 on; the number is Linux's.
 IP_PKTINFO = getattr(socket, "IP_PKTINFO", 8)
 #: How soon bytes that were too few are looked at again, at first; then half as
@@ -9272,16 +9281,14 @@ class Translation(Pipe):
             self.said_goodbye = True
             if self.translator.to_websocket and not self.translator.left:
                 try:
-                    self.sink.socket.send(close_frame(), DONT_WAIT)
+                    self.sink.socket.send(close_frame(), WITH_END)
                 except OSError:
                     pass  # it ends without
 
 
 def join(session):
-    """Replace the framing of two links by what moves their bytes; what came
-    early is delivered first."""
+    """Replace the framing of two links by what moves their bytes: two pipes."""
     first, second = session.first, session.second
-    early = first.take_early(), second.take_early()
     translated = first.is_websocket or second.is_websocket
     kind = Translation if translated else Pipe
     there = kind(first, second, session, session.flows[0])
@@ -9289,7 +9296,7 @@ def join(session):
     there.reverse, back.reverse = back, there
     first.attach(there.on_readable, back.on_writable)
     second.attach(back.on_readable, there.on_writable)
-    return (there, early[0]), (back, early[1])
+    return there, back
 
 
 class RelayCheck:
@@ -9966,13 +9973,13 @@ class Server:
     def do_pair(self, action):
         """Let two links of the relay exchange their bytes."""
         session = action.session
-        joined = join(session)
-        self.pipes[session.number] = tuple(pipe for pipe, _ in joined)
-        for pipe, _ in joined:
+        early_bytes = session.first.take_early(), session.second.take_early()
+        pipes = self.pipes[session.number] = join(session)
+        for pipe in pipes:
             if pipe.sink is not None and pipe.sink.unsent:  # pongs, say
                 unsent, pipe.sink.unsent = pipe.sink.unsent, b""
                 pipe.hold(unsent)
-        for pipe, early in joined:
+        for pipe, early in zip(pipes, early_bytes):
             if early and pipe.source is not None:
                 pipe.flow.allowance -= len(early)
                 pipe.feed(early)
