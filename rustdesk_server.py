@@ -4584,7 +4584,7 @@ class PeerStore:
 
     def sync(self):
         """Make what was appended survive a power cut; may block, for the
-        helper."""
+        worker."""
         self.unsynced = False
         if self.descriptor is not None:
             getattr(os, "fdatasync", os.fsync)(self.descriptor)
@@ -4658,11 +4658,11 @@ class Compaction:
             data = data[os.write(self.descriptor, data):]
 
     def sync(self):
-        """Make the new file survive a power cut; may block, for the helper."""
+        """Make the new file survive a power cut; may block, for the worker."""
         os.fsync(self.descriptor)
 
     def finish(self):
-        """Replace the old file; returns its descriptor, for the helper to
+        """Replace the old file; returns its descriptor, for the worker to
         close."""
         self.store.keep_bad_lines()
         os.replace(self.path, self.store.path)
@@ -7805,7 +7805,7 @@ def setup_picture(text):
 
 # == 16. Event loop ============================================================
 #
-# What turns: a log, timers, the selector loop, and one helper thread for what
+# What turns: a log, timers, the selector loop, and one worker thread for what
 # blocks (the disk's fdatasync, names).  Nothing here knows what the bytes
 # mean.
 #
@@ -8001,7 +8001,7 @@ class Loop:
         self.running = False
 
 
-class Helper:
+class Worker:
     """One thread that does, in order, what would block the loop.
 
     `run(job, done)` calls `job()` in the thread and then, in the loop, `done`
@@ -8017,7 +8017,7 @@ class Helper:
         self.waker.setblocking(False)
         self.sleeper.setblocking(False)
         loop.watch(self.sleeper, READ, self.on_results)
-        self.thread = threading.Thread(target=self.work, name="helper", daemon=True)
+        self.thread = threading.Thread(target=self.work, name="worker", daemon=True)
         self.thread.start()
 
     def run(self, job, done):
@@ -9057,22 +9057,24 @@ class Connection(Link):
 
 
 class Pipe:
-    """One direction of a session: what `source` sends goes to `sink` at once.
+    """One direction of a session: what its incoming link sends goes to its
+    outgoing link at once.
 
     Hot path 2: no object, no timer and no log line per event; it skips framing
     and accounts only by a subtraction: 1.05 times the bare loop's CPU for a
-    small message, no more than it in bulk.  Only what the sink does not take is
-    copied and kept, and then the source is not read until it has left.
+    small message, no more than it in bulk.  Only what the outgoing link does not
+    take is copied and kept, and then the incoming one is not read until it has
+    left.
     """
 
-    __slots__ = ("source", "sink", "session", "server", "flow", "unsent", "ended",
+    __slots__ = ("incoming", "outgoing", "session", "server", "flow", "unsent", "ended",
                  "reverse")
 
-    def __init__(self, source, sink, session, flow):
-        self.source, self.sink = source, sink
-        self.session, self.server = session, source.server
+    def __init__(self, incoming, outgoing, session, flow):
+        self.incoming, self.outgoing = incoming, outgoing
+        self.session, self.server = session, incoming.server
         self.flow = flow
-        self.unsent = None  # what the sink has not taken
+        self.unsent = None  # what the outgoing link has not taken
         self.ended = None  # the word of an end that waits until `unsent` has left
         self.reverse = None
 
@@ -9080,7 +9082,7 @@ class Pipe:
         """Move what has come."""
         flow = self.flow
         try:
-            size = self.source.socket.recv_into(BUFFER, flow.window, DONT_WAIT)
+            size = self.incoming.socket.recv_into(BUFFER, flow.window, DONT_WAIT)
         except BlockingIOError:
             return
         except OSError:
@@ -9091,11 +9093,11 @@ class Pipe:
             return
         flow.allowance -= size
         try:
-            sent = self.sink.socket.send(BUFFER_VIEW[:size], DONT_WAIT)
+            sent = self.outgoing.socket.send(BUFFER_VIEW[:size], DONT_WAIT)
         except BlockingIOError:
             sent = 0
         except OSError:
-            self.server.end_session(self.session, "broken", self.sink)
+            self.server.end_session(self.session, "broken", self.outgoing)
             return
         if sent < size:
             self.hold(BUFFER_VIEW[sent:size])
@@ -9107,29 +9109,29 @@ class Pipe:
         self.write(data)
 
     def write(self, data):
-        """Send bytes to the sink, behind what it has not taken yet."""
+        """Send bytes, behind what was not taken yet."""
         if self.unsent is not None:
             self.hold(data)
             return
         try:
-            sent = self.sink.socket.send(data, DONT_WAIT)
+            sent = self.outgoing.socket.send(data, DONT_WAIT)
         except BlockingIOError:
             sent = 0
         except OSError:
-            self.server.end_session(self.session, "broken", self.sink)
+            self.server.end_session(self.session, "broken", self.outgoing)
             return
         if sent < len(data):
             self.hold(memoryview(data)[sent:])
 
     def hold(self, data):
-        """Keep what the sink does not take, and stop reading the source."""
+        """Keep what was not taken, and read no more until it is."""
         server = self.server
         if self.unsent is None:
             self.unsent = bytearray()
         self.unsent += data  # pongs come in many pieces: no copy of all for each
         server.held_bytes += len(data)
-        self.source.watch(self.source.interest & ~READ)
-        self.sink.watch(self.sink.interest | WRITE)
+        self.incoming.watch(self.incoming.interest & ~READ)
+        self.outgoing.watch(self.outgoing.interest | WRITE)
         if server.held_bytes > server.limits.held_bytes // 2:
             self.flow.window = min(self.flow.window, HELD_READ_BYTES)
             self.make_room()
@@ -9139,51 +9141,51 @@ class Pipe:
         server, session = self.server, self.session
         if server.held_bytes > server.limits.held_bytes:
             server.refuse(Refusal.NO_ROOM, (
-                f"session {session.number}: {self.sink.address} is too slow"))
+                f"session {session.number}: {self.outgoing.address} is too slow"))
             server.end_session(session, "refused")
 
     def on_writable(self):
-        """The sink takes more; when it has everything the source is read
-        again."""
+        """The outgoing link takes more; when it has everything the incoming one
+        is read again."""
         try:
-            sent = self.sink.socket.send(self.unsent, DONT_WAIT)
+            sent = self.outgoing.socket.send(self.unsent, DONT_WAIT)
         except BlockingIOError:
             return
         except OSError:
-            self.server.end_session(self.session, "broken", self.sink)
+            self.server.end_session(self.session, "broken", self.outgoing)
             return
         self.server.held_bytes -= sent
         del self.unsent[:sent]
         if self.unsent:
             return
         self.unsent = None
-        self.sink.watch(self.sink.interest & ~WRITE)
+        self.outgoing.watch(self.outgoing.interest & ~WRITE)
         if self.ended:
-            self.server.end_session(self.session, self.ended, self.source)
+            self.server.end_session(self.session, self.ended, self.incoming)
         elif not self.flow.starved:
-            self.source.watch(self.source.interest | READ)
+            self.incoming.watch(self.incoming.interest | READ)
 
     def starve(self):
-        """It has moved what it may: the source has to wait for more."""
+        """It has moved what it may: the incoming link has to wait for more."""
         self.flow.starved = True
-        if self.source is not None:
-            self.source.watch(self.source.interest & ~READ)
+        if self.incoming is not None:
+            self.incoming.watch(self.incoming.interest & ~READ)
 
     def go_on(self):
         """There is bandwidth again."""
-        if self.source is not None and self.unsent is None and not (
+        if self.incoming is not None and self.unsent is None and not (
                 self.flow.starved or self.ended or self.reverse.ended):
-            self.source.watch(self.source.interest | READ)
+            self.incoming.watch(self.incoming.interest | READ)
 
     def on_end(self, word):
-        """The source has ended: so does the session, once the sink has
+        """The incoming link has ended: so does the session, once the other has
         everything."""
         if self.unsent is None:
-            self.server.end_session(self.session, word, self.source)
+            self.server.end_session(self.session, word, self.incoming)
         else:
             self.ended = word
-            self.source.watch(0)
-            self.sink.watch(self.sink.interest & ~READ)
+            self.incoming.watch(0)
+            self.outgoing.watch(self.outgoing.interest & ~READ)
 
     def say_goodbye(self):
         """Raw streams have no last word."""
@@ -9192,7 +9194,7 @@ class Pipe:
         """The session is over: let go of everything."""
         if self.unsent is not None:
             self.server.held_bytes -= len(self.unsent)
-        self.source = self.sink = self.reverse = self.unsent = None
+        self.incoming = self.outgoing = self.reverse = self.unsent = None
 
 
 class Translation(Pipe):
@@ -9205,17 +9207,17 @@ class Translation(Pipe):
 
     __slots__ = ("translator", "said_goodbye")
 
-    def __init__(self, source, sink, session, flow):
-        super().__init__(source, sink, session, flow)
-        kind = WebSocketTranslator if source.is_websocket else FrameTranslator
-        self.translator = kind(sink.is_websocket)
+    def __init__(self, incoming, outgoing, session, flow):
+        super().__init__(incoming, outgoing, session, flow)
+        kind = WebSocketTranslator if incoming.is_websocket else FrameTranslator
+        self.translator = kind(outgoing.is_websocket)
         self.said_goodbye = False
 
     def on_readable(self):
         """Translate what has come and pass it on."""
         flow = self.flow
         try:
-            size = self.source.socket.recv_into(
+            size = self.incoming.socket.recv_into(
                 BUFFER, min(flow.window, TRANSLATION_BYTES), DONT_WAIT)
         except BlockingIOError:
             return
@@ -9227,7 +9229,7 @@ class Translation(Pipe):
             return
         flow.allowance -= size
         self.feed(BUFFER_VIEW[:size])
-        if flow.allowance <= 0 and self.source is not None:
+        if flow.allowance <= 0 and self.incoming is not None:
             self.starve()
 
     def feed(self, data):
@@ -9239,11 +9241,11 @@ class Translation(Pipe):
         except Refused as refused:
             self.server.held_bytes += len(translator.collected) - before
             self.server.refuse(refused.refusal, (
-                f"session {self.session.number}: {self.source.address}: "
+                f"session {self.session.number}: {self.incoming.address}: "
                 f"{refused.detail}"))
             if refused.passed:
                 self.write(refused.passed)
-            if self.source is None:
+            if self.incoming is None:
                 return
             reverse = self.reverse
             reverse.said_goodbye = True
@@ -9253,17 +9255,17 @@ class Translation(Pipe):
         if collected:
             self.server.held_bytes += collected
             self.make_room()
-        if data and self.source is not None:
+        if data and self.incoming is not None:
             self.write(data)
-        if translator.answer and self.source is not None:
+        if translator.answer and self.incoming is not None:
             answer, translator.answer = translator.answer, b""
             self.reverse.said_goodbye = translator.closed
             self.reverse.insert(answer)
-        if translator.closed and self.source is not None:
+        if translator.closed and self.incoming is not None:
             self.on_end("finished")
 
     def insert(self, frame):
-        """Put a control frame between the messages to a WebSocket sink."""
+        """Put a control frame between the messages to a WebSocket."""
         if self.translator.to_websocket:
             frame = self.translator.insert(frame)
             if frame:
@@ -9275,13 +9277,12 @@ class Translation(Pipe):
         super().detach()
 
     def say_goodbye(self):
-        """A Close for a WebSocket sink, unless it would stand inside a
-        frame."""
+        """A Close for a WebSocket, unless it would stand inside a frame."""
         if not self.said_goodbye and self.unsent is None:
             self.said_goodbye = True
             if self.translator.to_websocket and not self.translator.left:
                 try:
-                    self.sink.socket.send(close_frame(), WITH_END)
+                    self.outgoing.socket.send(close_frame(), WITH_END)
                 except OSError:
                     pass  # it ends without
 
@@ -9539,7 +9540,7 @@ def look_up(host, port):
 
 def resolve_relays(names):
     """(name, family, sockaddr) of each relay that resolves; blocks, for the
-    helper."""
+    worker."""
     targets = []
     for name in names:
         host, port = split_host(name)
@@ -9608,7 +9609,7 @@ class Server:
         self.supervisor = Supervisor(os.environ)
         self.draining = False
         self.loop = Loop(self.on_turn, self.on_fault)
-        self.helper = Helper(self.loop)
+        self.worker = Worker(self.loop)
         self.ports = Ports(self)
         self.rendezvous = self.relay = self.store = None
         self.consoles = {}  # Listener -> console
@@ -9976,11 +9977,11 @@ class Server:
         early_bytes = session.first.take_early(), session.second.take_early()
         pipes = self.pipes[session.number] = join(session)
         for pipe in pipes:
-            if pipe.sink is not None and pipe.sink.unsent:  # pongs, say
-                unsent, pipe.sink.unsent = pipe.sink.unsent, b""
+            if pipe.outgoing is not None and pipe.outgoing.unsent:  # pongs, say
+                unsent, pipe.outgoing.unsent = pipe.outgoing.unsent, b""
                 pipe.hold(unsent)
         for pipe, early in zip(pipes, early_bytes):
-            if early and pipe.source is not None:
+            if early and pipe.incoming is not None:
                 pipe.flow.allowance -= len(early)
                 pipe.feed(early)
         if not self.sharing and self.relay.is_capped(session):
@@ -10085,7 +10086,7 @@ class Server:
         if pipes is None:
             return
         for pipe in pipes:
-            if pipe.sink is not gone:
+            if pipe.outgoing is not gone:
                 pipe.say_goodbye()
         for pipe in pipes:
             pipe.detach()
@@ -10895,7 +10896,7 @@ class Events:
     def __init__(self, server, command):
         self.server = server
         self.command = command
-        self.helper = Helper(server.loop)
+        self.worker = Worker(server.loop)
         self.waiting = 0
 
     def tell(self, name, peer_id, text):
@@ -10908,7 +10909,7 @@ class Events:
         line = json.dumps({"event": name, "time": int(time.time()), "id": peer_id,
                            "text": text}) + "\n"
         self.waiting += 1
-        self.helper.run(lambda: self.run(line), self.on_done)
+        self.worker.run(lambda: self.run(line), self.on_done)
 
     def run(self, line):
         """In the thread: the command, and why it failed, if it did."""
@@ -11109,7 +11110,7 @@ class RelayWatch:
     def need_resolver(self):
         """Have a thread that looks names up."""
         if self.resolver is None:
-            self.resolver = Helper(self.loop)
+            self.resolver = Worker(self.loop)
 
     def announce(self):
         """Have a connection to every relay of the list that asks for
@@ -11248,7 +11249,7 @@ class StoreKeeper:
         store = self.store
         if store.unsynced and not self.syncing:
             self.syncing = True
-            self.server.helper.run(store.sync, self.on_synced)
+            self.server.worker.run(store.sync, self.on_synced)
         if self.server.ticks % 10 == 0:
             self.check_file()
             if self.refused:
@@ -11338,7 +11339,7 @@ class StoreKeeper:
         self.loop.later(0.0, lambda: self.go_on_compacting(compaction))
 
     def go_on_compacting(self, compaction):
-        """The next slice; after the last the helper syncs it."""
+        """The next slice; after the last the worker syncs it."""
         if self.store.compaction is not compaction:
             return
         try:
@@ -11347,7 +11348,7 @@ class StoreKeeper:
             self.give_up_compaction(compaction, error)
             return
         if complete:
-            self.server.helper.run(compaction.sync,
+            self.server.worker.run(compaction.sync,
                             lambda result: self.end_compaction(compaction, result))
         else:
             self.loop.later(0.0, lambda: self.go_on_compacting(compaction))
@@ -11364,7 +11365,7 @@ class StoreKeeper:
             self.give_up_compaction(compaction, error)
             return
         path = self.store.path
-        self.server.helper.run(
+        self.server.worker.run(
             lambda: (os.close(old), sync_directory(path)), self.on_synced)
 
     def give_up_compaction(self, compaction, error):
@@ -11374,7 +11375,7 @@ class StoreKeeper:
         self.log.error(f"cannot write {self.store.path} anew: {error.strerror}")
 
     def close(self):
-        """Let the disk have everything; here, since the helper may be at
+        """Let the disk have everything; here, since the worker may be at
         something."""
         if self.store.compaction is not None:
             self.store.compaction.abandon()
@@ -13188,7 +13189,7 @@ def catch_signals(server):
     """Stop cleanly when asked to, and read the configuration again."""
     def soon(action):
         server.loop.later(0.0, action)
-        server.helper.wake()
+        server.worker.wake()
 
     def stop(number, frame):
         soon(lambda: server.stop(signal.Signals(number).name))

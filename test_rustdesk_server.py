@@ -9695,10 +9695,10 @@ def test_log_file_that_cannot_be_renamed_is_written_on(tmp_path, monkeypatch):
 def test_result_that_cannot_be_used_keeps_no_other_from_being_told():
     told, faults = [], []
     loop = rustdesk_server.Loop(lambda: None, lambda *fault: faults.append(fault))
-    helper = rustdesk_server.Helper(loop)
+    worker = rustdesk_server.Worker(loop)
     for done in (lambda result: 1 / 0), told.append:
-        helper.results.append((done, "result"))
-    helper.on_results(rustdesk_server.READ)
+        worker.results.append((done, "result"))
+    worker.on_results(rustdesk_server.READ)
     assert (told, len(faults)) == (["result"], 1)
 
 
@@ -22945,7 +22945,7 @@ class BookServer:
 
     def __exit__(self, *exception):
         self.server.loop.later(0.0, self.server.loop.stop)
-        self.server.helper.wake()
+        self.server.worker.wake()
         self.thread.join(DEADLINE_SECONDS)
         self.server.close()
         shutil.rmtree(self.directory, ignore_errors=True)
