@@ -3122,6 +3122,23 @@ def read_key_file(directory):
     return secret
 
 
+@contextlib.contextmanager
+def new_file(path, mode, target=None):
+    """A file that does not exist yet, to be written; when all went well it is on
+    the disk, in the place of `target` if there is one, or else it is gone."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    try:
+        with open(descriptor, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(descriptor)
+        if target is not None:
+            os.replace(path, target)
+    except BaseException:
+        os.unlink(path)
+        raise
+
+
 def write_new_file(path, data, mode):
     """Create `path` with all its content, or leave it alone if it exists.
 
@@ -3129,12 +3146,9 @@ def write_new_file(path, data, mode):
     where the file system has hard links.
     """
     temporary = f"{path}.{os.urandom(4).hex()}.new"
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    with new_file(temporary, mode) as file:
+        file.write(data)
     try:
-        with open(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
         return link_new_file(temporary, path, mode)
     finally:
         os.unlink(temporary)
@@ -3154,17 +3168,10 @@ def link_new_file(temporary, path, mode):
 def copy_new_file(source, path, mode):
     """Copy a finished file to a name that is free; False if it is taken."""
     try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        with open(source, "rb") as file, new_file(path, mode) as copy:
+            copy.write(file.read())
     except FileExistsError:
         return False
-    try:
-        with open(source, "rb") as file, open(descriptor, "wb") as copy:
-            copy.write(file.read())
-            copy.flush()
-            os.fsync(copy.fileno())
-    except OSError:
-        os.unlink(path)
-        raise
     return True
 
 
@@ -11766,20 +11773,12 @@ def back_up(directory, path, with_key):
              and os.path.exists(os.path.join(directory, name))]
     check_backup_place(directory, path, names)
     digest, temporary = hashlib.sha256(), f"{path}.{os.urandom(4).hex()}.new"
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    try:
-        with open(descriptor, "wb") as file:
-            put = writer_into(file, digest)
-            put(f"{BACKUP_TITLE}\n".encode())
-            for name in names:
-                put_file(os.path.join(directory, name), name, put)
-            file.write(f"sha256 {digest.hexdigest()}\n".encode())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, Trouble):
-        os.unlink(temporary)
-        raise
+    with new_file(temporary, 0o600, path) as file:
+        put = writer_into(file, digest)
+        put(f"{BACKUP_TITLE}\n".encode())
+        for name in names:
+            put_file(os.path.join(directory, name), name, put)
+        file.write(f"sha256 {digest.hexdigest()}\n".encode())
     return names
 
 
@@ -11899,13 +11898,10 @@ def check_restored_key(directory, path, files, replace_key):
 def unpack(path, place, temporary, target):
     """Write one file of a backup beside its place."""
     mode = 0o644 if target.endswith((".pub", ".txt")) else 0o600
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     offset, size = place
-    with open(path, "rb") as source, open(descriptor, "wb") as file:
-        source.seek(offset)
-        file.writelines(pieces(source, size, path))
-        file.flush()
-        os.fsync(file.fileno())
+    with open(path, "rb") as backup, new_file(temporary, mode) as file:
+        backup.seek(offset)
+        file.writelines(pieces(backup, size, path))
 
 
 def bring_back(temporary, target):
@@ -12743,14 +12739,9 @@ def find_disk(patient):
     path = os.path.join(patient.directory, f".doctor-{os.urandom(4).hex()}")
     place = os.path.abspath(patient.directory)
     try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        try:
-            with open(descriptor, "wb") as file:
-                file.write(bytes(TRIAL_BYTES))
-                file.flush()
-                os.fsync(descriptor)
-        finally:
-            os.unlink(path)
+        with new_file(path, 0o600) as file:
+            file.write(bytes(TRIAL_BYTES))
+        os.unlink(path)
     except OSError as error:
         causes = {
             errno.ENOSPC: ("the disk is full", "make room on it"),
