@@ -11768,6 +11768,7 @@ def back_up(directory, path, with_key):
     A title, then for each file its name, its size and its content; at the end
     the SHA-256 of all before.
     """
+    path = os.path.realpath(path)  # a link, to another disk perhaps, stays one
     left_out = () if with_key else (KEY_FILE, PUBLIC_KEY_FILE)
     names = [name for name in BACKUP_FILES if name not in left_out
              and os.path.exists(os.path.join(directory, name))]
@@ -11789,11 +11790,18 @@ def check_backup_place(directory, path, names):
         place = os.path.abspath(directory)
         raise Trouble(f"nothing of a server is in {place}: run this in its "
                       "directory")
-    if os.path.exists(path):
-        with open(path, "rb") as file:
-            if file.readline(100).strip() not in (b"", BACKUP_TITLE.encode()):
-                raise Trouble(f"{path} exists, is no backup and was left "
-                              "alone: name another file")
+    if os.path.exists(path) and not is_former_backup(path):
+        raise Trouble(f"{path} exists, is no backup and was left alone: name another "
+                      "file")
+
+
+def is_former_backup(path):
+    """Whether a backup, or an empty file, is there; a device such as /dev/null is
+    neither, and replaced by a file it would be gone."""
+    if not os.path.isfile(path):
+        return False
+    with open(path, "rb") as file:
+        return file.readline(100).strip() in (b"", BACKUP_TITLE.encode())
 
 
 def writer_into(file, digest):

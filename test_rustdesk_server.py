@@ -18104,6 +18104,37 @@ def test_backup_is_not_written_over_what_is_no_backup(tmp_path, name):
     assert {file.name: file.read_bytes() for file in source.iterdir()} == before
 
 
+@pytest.mark.parametrize("kind", ["device", "fifo", "socket", "directory"])
+def test_backup_takes_the_place_of_no_device_and_the_like(tmp_path, kind):
+    """`backup /dev/null` by root made a file of it, for the whole machine."""
+    furnished(tmp_path / "ours", 1)
+    place = tmp_path / "place"
+    if kind == "directory":
+        place.mkdir()
+    elif kind == "device" and os.geteuid() != 0:
+        pytest.skip("needs root, to make a device")
+    else:
+        os.mknod(place, 0o600 | {"device": stat.S_IFCHR, "fifo": stat.S_IFIFO,
+                                 "socket": stat.S_IFSOCK}[kind], os.makedev(1, 3))
+    before = os.lstat(place)
+    status, said = maintain(tmp_path / "ours", "backup", str(place))
+    assert status == 1 and f"{place} exists, is no backup" in said
+    assert os.path.samestat(os.lstat(place), before)
+
+
+def test_backup_goes_where_a_link_leads(tmp_path):
+    furnished(tmp_path / "ours", 1)
+    (tmp_path / "disk").mkdir()
+    for former in None, b"rustdesk_server backup 1\n":
+        link, real = tmp_path / "saved", tmp_path / "disk" / "saved"
+        if former is not None:
+            real.write_bytes(former)
+        if not link.is_symlink():
+            link.symlink_to(real)
+        assert maintain(tmp_path / "ours", "backup", str(link))[0] == 0
+        assert link.is_symlink() and b"id_ed25519 88" in real.read_bytes()
+
+
 def test_backup_of_a_directory_without_a_server_leaves_the_former_one(tmp_path):
     """As a cron job writes it that has lost its working directory."""
     furnished(tmp_path / "ours", 2)
