@@ -11527,6 +11527,8 @@ BACKUP_TITLE = "rustdesk_server backup 1"
 BACKUP_FILES = (KEY_FILE, PUBLIC_KEY_FILE, STORE_FILE, ".env", CHANGES_FILE,
                 SLOWED_FILE, REFUSED_FILE)
 COPY_BYTES = 1024 * 1024
+#: What is taken over from an official server's directory.
+OFFICIAL_FILES = KEY_FILE, OFFICIAL_STORE_FILE, SLOWED_FILE, REFUSED_FILE
 #: Rows taken over at a time.
 IMPORT_SLICE = 1000
 
@@ -11605,7 +11607,8 @@ def import_database(path, store):
     Peers that are known here stay as they are, so it may be done again.
     """
     counts, batch = collections.Counter(), []
-    with open_database(path, "ro") as connection:
+    mode = "ro&immutable=1" if is_resting(path) else "ro"
+    with open_database(path, mode) as connection:
         query = "SELECT id, uuid, pk, created_at, info FROM peer ORDER BY id"
         for row in connection.execute(query):
             peer, why = peer_from_row(row, store)
@@ -11619,6 +11622,23 @@ def import_database(path, store):
     store.sync()
     said = [f"{count} {word}" for word, count in sorted(counts.items())]
     return ", ".join(said) or "it is empty"
+
+
+def is_resting(path):
+    """Whether a database has a write-ahead log by its header, but none beside
+    it: nobody writes to it.
+
+    To read it as any other SQLite makes that log, which the official server
+    may then not open: it is another user's.
+    """
+    path = os.path.realpath(path)
+    if any(os.path.exists(path + end) for end in ("-wal", "-journal")):
+        return False
+    try:
+        with open(path, "rb") as file:
+            return file.read(20)[18:] == b"\2\2"
+    except OSError:
+        return False  # the database will say why
 
 
 def peer_from_row(row, store):
@@ -11642,12 +11662,13 @@ def ip_of_info(info):
     """The IP address in the JSON of the official `info` column, or ""."""
     try:
         return parse_ip(json.loads(info)["ip"])
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return ""
 
 
 def seconds_of_utc(text):
-    """Seconds since 1970 of "2026-01-31 23:59:59", or 0."""
+    """Seconds since 1970 of "2026-01-31 23:59:59", or 0; also if the store
+    would not take such a time."""
     match = re.match(r"(\d{4})-(\d\d)-(\d\d)[ T](\d\d):(\d\d):(\d\d)", str(text))
     if match is None:
         return 0
@@ -11656,12 +11677,16 @@ def seconds_of_utc(text):
     year, month = (year, month - 3) if month > 2 else (year - 1, month + 9)
     days = 365 * year + year // 4 - year // 100 + year // 400
     days += (153 * month + 2) // 5 + day
-    return (days - 719469) * 86400 + hour * 3600 + minute * 60 + second
+    seconds = (days - 719469) * 86400 + hour * 3600 + minute * 60 + second
+    return seconds if 0 <= seconds < LATEST_TIME else 0
 
 
 def import_directory(source, directory):
     """Take over key, peers and lists of an official server; sentences about
     it."""
+    if not any(os.path.lexists(os.path.join(source, name)) for name in OFFICIAL_FILES):
+        raise Trouble(f"nothing of an official server is in {source}: name the "
+                      f"directory that holds its {KEY_FILE} and {OFFICIAL_STORE_FILE}")
     said = [import_key(source, directory)]
     for name in SLOWED_FILE, REFUSED_FILE:
         said.append(copy_if_missing(os.path.join(source, name),
@@ -11720,6 +11745,9 @@ def export_official(directory, target):
     theirs = read_key_file(target)
     if theirs is not None and theirs != read_key_file(directory):
         raise Trouble(f"{target} has another key: name an empty directory")
+    if not any(os.path.exists(os.path.join(directory, name))
+               for name in (KEY_FILE, STORE_FILE)):
+        raise nothing_here(directory)
     store = PeerStore(os.path.join(directory, STORE_FILE))
     store.load()
     os.makedirs(target, mode=0o700, exist_ok=True)
@@ -11787,9 +11815,7 @@ def check_backup_place(directory, path, names):
     """Trouble rather than a backup of nothing, or one over a file
     that is none."""
     if not names:
-        place = os.path.abspath(directory)
-        raise Trouble(f"nothing of a server is in {place}: run this in its "
-                      "directory")
+        raise nothing_here(directory)
     if os.path.exists(path) and not is_former_backup(path):
         raise Trouble(f"{path} exists, is no backup and was left alone: name another "
                       "file")
@@ -11802,6 +11828,12 @@ def is_former_backup(path):
         return False
     with open(path, "rb") as file:
         return file.readline(100).strip() in (b"", BACKUP_TITLE.encode())
+
+
+def nothing_here(directory):
+    """The Trouble of who is in another directory than he thinks."""
+    return Trouble(f"nothing of a server is in {os.path.abspath(directory)}: run this "
+                   "in its directory")
 
 
 def writer_into(file, digest):

@@ -17857,6 +17857,57 @@ def test_import_counts_each_kind_of_row_that_it_skips(tmp_path):
         "999999999": ("999999999", b"uuid-9", b"\x09" * 32, "", 0, 0)}
 
 
+def test_import_goes_on_after_a_row_whose_info_is_nested_too_deep(tmp_path):
+    source = official_home(tmp_path / "official", [
+        ("111111111", b"uuid-1", b"\1" * 32, "2026-01-01 00:00:00", "[" * 100_000)])
+    status, said = maintain(tmp_path, "import", str(source))
+    assert status == 0 and "1 imported" in said
+
+
+@pytest.mark.parametrize("created", [
+    "1969-12-31 23:59:59", "1900-01-01 00:00:00", "9999-12-31 23:59:59"])
+def test_peer_made_by_a_wrong_clock_is_imported_into_a_store_that_loads(
+        tmp_path, created):
+    source = official_home(tmp_path / "official", [
+        ("111111111", b"uuid-1", b"\1" * 32, created, "{}")])
+    assert maintain(tmp_path, "import", str(source))[0] == 0
+    store = rustdesk_server.PeerStore(str(tmp_path / "peers.jsonl"))
+    store.load()
+    assert store.bad_lines == [] and store.peers["111111111"].created == 0
+
+
+def test_import_and_export_of_nothing_fail(tmp_path):
+    """As they do in a directory that was mistyped."""
+    for command in "import", "export-official":
+        (tmp_path / "empty").mkdir()
+        (tmp_path / "here").mkdir()
+        status, said = maintain(tmp_path / "here", command, str(tmp_path / "empty"))
+        assert status == 1 and "nothing of a" in said and "directory" in said
+        assert os.listdir(tmp_path / "empty") == []
+        (tmp_path / "empty").rmdir()
+        shutil.rmtree(tmp_path / "here")
+
+
+def test_import_of_a_resting_database_with_a_log_leaves_no_file_beside_it(tmp_path):
+    source = official_home(tmp_path / "official", OFFICIAL_ROWS)
+    with contextlib.closing(sqlite3.connect(source / "db_v2.sqlite3")) as database:
+        database.execute("PRAGMA journal_mode = wal")
+    before = sorted(os.listdir(source))
+    status, said = maintain(tmp_path, "import", str(source))
+    assert status == 0 and "2 imported" in said
+    assert sorted(os.listdir(source)) == before
+
+
+def test_import_sees_what_is_only_in_the_log_of_a_database_in_use(tmp_path):
+    source = official_home(tmp_path / "official", OFFICIAL_ROWS)
+    with contextlib.closing(sqlite3.connect(source / "db_v2.sqlite3")) as database:
+        database.execute("PRAGMA journal_mode = wal")
+        database.execute("DELETE FROM peer WHERE id = '111111111'")
+        database.commit()
+        status, said = maintain(tmp_path, "import", str(source))
+        assert status == 0 and "1 imported" in said
+
+
 def test_nothing_is_exported_beside_another_key_or_over_a_database(tmp_path):
     furnished(tmp_path / "ours", 2)
     there = tmp_path / "there"
