@@ -13085,7 +13085,7 @@ def run_role(command, arguments):
     collect_seldom()
     flags = vars(build_parser(command).parse_args(arguments))
     role = command or "both"
-    enter_directory(flags)
+    enter_directory(flags, may_make=True)
 
     def load(changes=None):
         return load_config(role, flags, os.environ, ".", changes)
@@ -13120,14 +13120,16 @@ def run_role(command, arguments):
     return 0
 
 
-def enter_directory(flags):
-    """Work in the state directory; a file named by -c stays the same one."""
+def enter_directory(flags, may_make=False):
+    """Work in the state directory, made if it is missing and that is asked
+    for; a file named by -c stays the same one."""
     directory = flags.get("directory")
     if flags.get("config"):
         flags["config"] = os.path.abspath(flags["config"])
     if directory:
         try:
-            os.makedirs(directory, mode=0o700, exist_ok=True)
+            if may_make:
+                os.makedirs(directory, mode=0o700, exist_ok=True)
             os.chdir(directory)
         except OSError as error:
             raise SystemExit(f"rustdesk_server: cannot use --directory {directory}: "
@@ -13552,6 +13554,10 @@ def conclude(patient, levels):
               f"{patient.key or 'KEY'}")
 
 
+#: The subcommands that begin a state directory, where others only look.
+FURNISHING = "restore", "import"
+
+
 def maintain(command, description, operands, options, action):
     """A subcommand's function: parse its operands and flags, do it, say it."""
     def run(arguments):
@@ -13566,7 +13572,7 @@ def maintain(command, description, operands, options, action):
         given = parser.parse_args(arguments)
         for name, _ in operands:
             setattr(given, name, os.path.abspath(getattr(given, name)))
-        enter_directory({"directory": given.directory})
+        enter_directory({"directory": given.directory}, command in FURNISHING)
         try:
             for sentence in action(given):
                 print(sentence)

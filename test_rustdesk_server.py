@@ -18623,6 +18623,17 @@ def test_check_writes_nothing_and_says_what_would_start(tmp_path):
     assert os.listdir(tmp_path) == ["id_ed25519"]
 
 
+@pytest.mark.parametrize("command", [
+    "check", "config", "client-config", "backup ../saved", "export-official ../back",
+    "rotate-key", "status"])
+def test_directory_that_was_mistyped_is_not_made(tmp_path, command):
+    home = tmp_path / "home"
+    furnished(home, 1)
+    status, said = maintain(home, *command.split(), "--directory", "stat")
+    assert status == 1 and "cannot use --directory stat: No such file" in said
+    assert "stat" not in os.listdir(home)
+
+
 def test_config_tells_where_a_setting_came_from(tmp_path):
     written(tmp_path, ".env", "idle_limit = 60\n")
     status, said = maintain(
