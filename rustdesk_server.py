@@ -13172,10 +13172,24 @@ def give_away(user, directory):
             "more than this server's files; name a state directory by --directory, or "
             f"run: chown {user.pw_name} {os.getcwd()}")
     os.chown(".", user.pw_uid, user.pw_gid)
+    give_files(user.pw_uid, user.pw_gid)
+
+
+def give_files(uid, gid):
+    """Give our own files in the working directory to a user."""
     for name in OWN_FILES:
         with contextlib.suppress(FileNotFoundError):
             if os.lstat(name).st_nlink == 1:  # else it is somewhere else, too
-                os.chown(name, user.pw_uid, user.pw_gid, follow_symlinks=False)
+                os.chown(name, uid, gid, follow_symlinks=False)
+
+
+def give_to_owner():
+    """What root has written in a service's state directory becomes the
+    service's, which could not read it."""
+    if hasattr(os, "geteuid") and os.geteuid() == 0:
+        owner = os.stat(".")
+        if owner.st_uid != 0:
+            give_files(owner.st_uid, owner.st_gid)
 
 
 def open_log(config):
@@ -13574,12 +13588,16 @@ def maintain(command, description, operands, options, action):
             setattr(given, name, os.path.abspath(getattr(given, name)))
         enter_directory({"directory": given.directory}, command in FURNISHING)
         try:
-            for sentence in action(given):
-                print(sentence)
+            said = action(given)
         except Trouble as trouble:
             raise SystemExit(f"rustdesk_server: {trouble}") from None
         except OSError as error:
             raise SystemExit(f"rustdesk_server: {error}") from None
+        finally:
+            if command in (*FURNISHING, "rotate-key"):
+                give_to_owner()
+        for sentence in said:
+            print(sentence)
         return 0
 
     return run

@@ -17964,6 +17964,28 @@ def test_damaged_backup_restores_nothing(tmp_path):
         assert not (there / "id_ed25519").exists()
 
 
+@as_root
+@pytest.mark.parametrize("command", ["restore", "import", "rotate-key"])
+def test_what_root_writes_in_a_services_directory_is_the_services(tmp_path, command):
+    """`sudo rustdesk_server.py restore`, and the service cannot read its key."""
+    source = official_home(tmp_path / "official", OFFICIAL_ROWS)
+    maintain(source, "backup", str(tmp_path / "saved"))
+    state = tmp_path / "state"
+    state.mkdir()
+    if command == "rotate-key":
+        furnished(state, 1)
+        for file in state.iterdir():
+            os.chown(file, 12345, 12346)
+    os.chown(state, 12345, 12346)
+    operands = {"restore": ["restore", str(tmp_path / "saved")],
+                "import": ["import", str(source)]}.get(command, [command])
+    assert maintain(state, *operands)[0] == 0
+    written_there = ("id_ed25519", "id_ed25519.pub", ".hbbs.lock", "peers.jsonl")
+    owners = {name: ((state / name).stat().st_uid, (state / name).stat().st_gid)
+              for name in written_there if (state / name).exists()}
+    assert len(owners) >= 2 and {*owners.values()} == {(12345, 12346)}, owners
+
+
 def test_restore_puts_no_other_key_in_the_place_of_ours(tmp_path):
     written(tmp_path, "id_ed25519", SECRET_TEXT).chmod(0o600)
     maintain(tmp_path, "backup", "saved")
