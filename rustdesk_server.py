@@ -11875,7 +11875,7 @@ def read_backup(path):
     with open(path, "rb") as file:
         line = file.readline(1000)
         if line.strip() != BACKUP_TITLE.encode():
-            raise Trouble(f"{path} is no backup of this program")
+            raise Trouble(what_else_it_is(path, line))
         while line and not line.startswith(b"sha256 "):
             digest.update(line)
             words = line.split()
@@ -11891,6 +11891,15 @@ def read_backup(path):
     if line.split()[1:] != [digest.hexdigest().encode()]:
         raise Trouble(f"{path} is damaged: its check sum is wrong")
     return files
+
+
+def what_else_it_is(path, line):
+    """A sentence about a file that is no backup of ours, by its first line."""
+    words = BACKUP_TITLE.encode().split()[:-1]
+    if line.split()[:-1] == words and line.split()[-1].isdigit():
+        return (f"{path} is a backup of a newer version of this program: restore it "
+                "with that one")
+    return f"{path} is no backup of this program"
 
 
 def restore(directory, path, replace_key):
@@ -11930,8 +11939,8 @@ def check_restored_key(directory, path, files, replace_key):
         theirs = file.read(files[KEY_FILE][1]).strip()
     if theirs != encode_base64(ours).encode():
         raise Trouble(
-            f"{path} holds another key than {directory}; nothing was restored.  With "
-            "--replace-key it takes its place, and ours is kept as "
+            f"{path} holds another key than {os.path.abspath(directory)}; nothing was "
+            "restored.  With --replace-key it takes its place, and ours is kept as "
             f"{KEY_FILE}.previous; clients then need the restored key")
 
 
@@ -13568,6 +13577,13 @@ def conclude(patient, levels):
               f"{patient.key or 'KEY'}")
 
 
+def tell_error(error):
+    """A sentence about an OSError; what is written beside its place first goes
+    by the name of that place."""
+    name = re.sub(r"(\.[0-9a-f]{8})?\.new$", "", str(error.filename or ""))
+    return ": ".join(filter(None, (name, error.strerror or str(error))))
+
+
 #: The subcommands that begin a state directory, where others only look.
 FURNISHING = "restore", "import"
 
@@ -13592,7 +13608,7 @@ def maintain(command, description, operands, options, action):
         except Trouble as trouble:
             raise SystemExit(f"rustdesk_server: {trouble}") from None
         except OSError as error:
-            raise SystemExit(f"rustdesk_server: {error}") from None
+            raise SystemExit(f"rustdesk_server: {tell_error(error)}") from None
         finally:
             if command in (*FURNISHING, "rotate-key"):
                 give_to_owner()

@@ -17986,6 +17986,23 @@ def test_what_root_writes_in_a_services_directory_is_the_services(tmp_path, comm
     assert len(owners) >= 2 and {*owners.values()} == {(12345, 12346)}, owners
 
 
+def test_backup_of_a_newer_version_is_called_that(tmp_path):
+    saved = written(tmp_path, "saved", "rustdesk_server backup 2\nwhatever\n")
+    status, said = maintain(tmp_path, "restore", "saved")
+    assert status == 1 and f"{saved} is a backup of a newer version" in said
+
+
+@pytest.mark.parametrize("operands, wanted", [
+    (["backup", "none/saved"], "{}/none/saved: No such file or directory\n"),
+    (["restore", "none"], "{}/none: No such file or directory\n"),
+    (["restore", "."], "{}: Is a directory\n")])
+def test_failure_is_told_by_the_name_that_was_given(tmp_path, operands, wanted):
+    """Not by that of the temporary file, nor with the number of the error."""
+    furnished(tmp_path, 1)
+    status, said = maintain(tmp_path, *operands)
+    assert (status, said) == (1, "rustdesk_server: " + wanted.format(tmp_path))
+
+
 def test_restore_puts_no_other_key_in_the_place_of_ours(tmp_path):
     written(tmp_path, "id_ed25519", SECRET_TEXT).chmod(0o600)
     maintain(tmp_path, "backup", "saved")
@@ -17995,7 +18012,7 @@ def test_restore_puts_no_other_key_in_the_place_of_ours(tmp_path):
     written(there, "id_ed25519", other).chmod(0o600)
     status, said = maintain(there, "restore", str(tmp_path / "saved"))
     assert (status, (there / "id_ed25519").read_text()) == (1, other)
-    assert "another key" in said
+    assert f"another key than {there};" in said
     assert maintain(there, "restore", "--replace-key", str(tmp_path / "saved"))[0] == 0
     assert (there / "id_ed25519").read_text() == SECRET_TEXT
     assert (there / "id_ed25519.previous").read_text() == other
