@@ -3111,6 +3111,10 @@ def read_key_file(directory):
         secret = decode_base64(text, 64)
         check_secret(secret)
     except FileNotFoundError:
+        if os.path.islink(path):  # to a disk that is not mounted, perhaps
+            raise Trouble(f"{path} is a link to {os.readlink(path)}, which is not "
+                          "there: put that back, or remove the link for a new key "
+                          "(then every client needs the new key)") from None
         return None
     except OSError as error:
         raise Trouble(f"cannot read {path}: {error.strerror}; it must be readable "
@@ -12089,7 +12093,9 @@ def show_value(attribute, value):
         return "(secret)" if value else ""
     if isinstance(value, tuple):
         return ",".join(map(show_item, value))
-    return {None: "", True: "Y", False: "N"}.get(value, str(value))
+    if isinstance(value, bool):
+        return "Y" if value else "N"
+    return "" if value is None else str(value)
 
 
 def show_item(item):

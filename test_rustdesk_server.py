@@ -18690,6 +18690,22 @@ def test_system_without_unix_sockets_has_no_server_to_be_asked(monkeypatch):
     assert rustdesk_server.ask_door("both", ["status"]) == []
 
 
+def test_config_shows_numbers_as_numbers(tmp_path):
+    status, said = maintain(tmp_path, "config", "--json", "--drain", "1")
+    rows = {row["name"]: row["value"] for row in json.loads(said)}
+    assert status == 0
+    assert (rows["drain"], rows["rmem"], rows["reclaim-after"]) == ("1", "0", "0")
+    assert rows["always-use-relay"] == "N"
+
+
+@pytest.mark.parametrize("command", [["check"], ["hbbs", "-p", "0"]])
+def test_key_that_is_a_link_to_nothing_is_not_taken_for_none(tmp_path, command):
+    """The key's disk is not mounted: that is said, and no key is made."""
+    (tmp_path / "id_ed25519").symlink_to("/nowhere/id_ed25519")
+    status, said = maintain(tmp_path, *command)
+    assert status == 1 and "link to /nowhere/id_ed25519, which is not there" in said
+
+
 def test_config_shows_neither_secret_keys_nor_tokens(tmp_path):
     secret = rustdesk_server.encode_base64(bytes(64))
     status, said = maintain(tmp_path, "config", "--key", secret, "--key-priv", secret,
