@@ -3304,19 +3304,29 @@ def plant_key(directory, private, public):
 
     Trouble if it is none.  Another key that is there already stays.
     """
-    if not private or os.path.exists(os.path.join(directory, KEY_FILE)):
+    secret = key_to_plant(directory, private, public)
+    if secret is None:
         return
+    try:
+        path = os.path.join(directory, KEY_FILE)
+        write_new_file(path, encode_base64(secret).encode(), 0o600)
+    except OSError as error:
+        raise Trouble(f"cannot write the key of KEY_PRIV: {error}") from None
+
+
+def key_to_plant(directory, private, public):
+    """The secret of those settings, or None where nothing is to be written;
+    Trouble if it is no key."""
+    if not private or os.path.exists(os.path.join(directory, KEY_FILE)):
+        return None
     try:
         secret = decode_base64(private.strip(), 64)
         check_secret(secret)
         if public and decode_base64(public.strip(), 32) != secret[32:]:
             raise ValueError("KEY_PUB does not belong to it")
-        path = os.path.join(directory, KEY_FILE)
-        write_new_file(path, encode_base64(secret).encode(), 0o600)
     except ValueError as error:
         raise Trouble(f"KEY_PRIV is no usable key: {error}") from None
-    except OSError as error:
-        raise Trouble(f"cannot write the key of KEY_PRIV: {error}") from None
+    return secret
 
 
 def load_server_key(setting, is_relay, directory, random_bytes):
@@ -9778,13 +9788,9 @@ class Server:
         """The addresses of one of the official lists, if there is such a
         file."""
         path = os.path.join(self.directory, name)
-        try:
-            with open(path, encoding="utf-8") as file:
-                words = [line.split()[0] for line in file if line.split()]
-        except FileNotFoundError:
+        words = read_list(path)
+        if words is None:
             return set()
-        except (OSError, UnicodeDecodeError) as error:
-            raise Trouble(f"cannot read {path}: {error}") from None
         addresses = set()
         for word in words:
             try:
@@ -10360,6 +10366,29 @@ class Server:
         self.log.flush()
 
 
+def read_list(path):
+    """The first word of each line of a file, or None where there is no such
+    file; Trouble if it can't be read."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return [line.split()[0] for line in file if line.split()]
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise Trouble(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise Trouble(f"cannot read {path}: it is no UTF-8 text") from None
+
+
+def check_status_token(config):
+    """Trouble if strangers could look at the status."""
+    for ip, port in config.status_listen or ():
+        if not config.status_token and not is_loopback(ip):
+            raise Trouble(
+                f"--status-listen {Address(ip or '0.0.0.0', port)} can be reached "
+                "from elsewhere: give a --status-token as well")
+
+
 class Ports:
     """The sockets that a server listens on."""
 
@@ -10401,11 +10430,8 @@ class Ports:
                             "127.0.0.1", "--status-listen")
             except Trouble as trouble:
                 self.server.warn(f"no status page: {trouble}")
+        check_status_token(config)
         for ip, port in places or ():
-            if not config.status_token and not is_loopback(ip):
-                raise Trouble(
-                    f"--status-listen {Address(ip or '0.0.0.0', port)} can be reached "
-                    "from elsewhere: give a --status-token as well")
             self.listen(port, "status", Listener.STATUS, ip, "--status-listen")
 
     def listen_for_api(self, port):
@@ -11524,7 +11550,7 @@ def holds_inode(pid, inodes):
 # Files are replaced in one step or not at all; a key is never written over.
 #
 # Uses: Constants, Refusals, Frames and addresses, Keys, Configuration, Peer
-# store, Connections.
+# store, Connections, Server.
 
 #: The first line of a backup, and the files that it holds when they are there.
 BACKUP_TITLE = "rustdesk_server backup 1"
@@ -12038,8 +12064,18 @@ def describe(config, role, directory):
                 facts[f"{name} key"] = describe_key(config, is_relay, directory)
             except Trouble as trouble:
                 faults.append(str(trouble))
+    checks = [lambda: look_for_places(config), lambda: look_at_ports(config, role),
+              lambda: look_at_secret(config, role), lambda: check_status_token(config)]
     if role != "hbbr":
-        facts["peers"] = describe_store(directory)
+        checks.append(lambda: facts.update(peers=describe_store(directory)))
+    if role != "hbbs":
+        checks += [functools.partial(read_list, os.path.join(directory, name))
+                   for name in (SLOWED_FILE, REFUSED_FILE)]
+    for look in checks:
+        try:
+            look()
+        except Trouble as trouble:
+            faults.append(str(trouble))
     if config.tls_cert:
         try:
             Tls(config.tls_cert, config.tls_key)
@@ -12049,14 +12085,48 @@ def describe(config, role, directory):
     port = config.port if config.port is not None else (
         RELAY_PORT if role == "hbbr" else RENDEZVOUS_PORT)
     facts["port"] = f"{port} and those around it, on {config.bind or 'all addresses'}"
-    return facts, faults
+    return facts, list(dict.fromkeys(faults))
+
+
+def look_for_places(config):
+    """Trouble if the log file or the user of the settings can't be had."""
+    path = config.log_file
+    place = path if os.path.exists(path) else os.path.dirname(path) or "."
+    if path and (os.path.isdir(path) or not os.access(place, os.W_OK)):
+        raise Trouble(f"cannot write the log file {path} (see --log-file)")
+    if config.user:
+        import pwd  # only here: not on Windows
+
+        try:
+            pwd.getpwnam(config.user)
+        except KeyError:
+            text = f"user = {config.user}: this system has no such user"
+            raise Trouble(text) from None
+
+
+def look_at_ports(config, role):
+    """Trouble if the last of the ports around --port is none."""
+    last = (config.port or 0) + (3 if role == "both" else 2)
+    if last > 65535:
+        raise Trouble(f"there is no port {last}: choose another -p")
+
+
+def look_at_secret(config, role):
+    """Trouble if tickets are to be announced, but not by the same secret."""
+    secret = read_ticket_secret(config.relay_secret)
+    if role == "hbbr" and config.relay_tickets == "on" and not secret:
+        raise Trouble("--relay-tickets on needs an ID server that announces them: give "
+                      "both the same --relay-secret")
 
 
 def describe_key(config, is_relay, directory):
     """The key of a role, and what it asks of clients."""
     setting = config.key if config.key is not None else "" if is_relay else "-"
+    planted = key_to_plant(directory, config.key_priv, config.key_pub)
     key, warnings = load_server_key(setting, is_relay, directory, None)
     if key.secret is None and warnings:
+        if planted and setting in ("", "-", "_"):
+            return f"{encode_base64(planted[32:])}; the first start writes it"
         return warnings[0]
     asked = "clients must present it" if key.required else "clients need not present it"
     if key.secret is None:
@@ -12070,7 +12140,8 @@ def describe_store(directory):
     try:
         store.load()
     except OSError as error:
-        return f"{store.path} cannot be read: {error.strerror}"
+        raise Trouble(f"cannot read {store.path}: {error.strerror}; it holds the known "
+                      "peers") from None
     bad = f", {len(store.bad_lines)} bad lines" if store.bad_lines else ""
     return f"{len(store.peers)} known{bad}{', torn last line' if store.torn else ''}"
 

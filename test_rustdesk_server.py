@@ -18662,6 +18662,43 @@ def test_check_writes_nothing_and_says_what_would_start(tmp_path):
     assert os.listdir(tmp_path) == ["id_ed25519"]
 
 
+BAD_STARTS = {
+    "log file": ["--log-file", "nowhere/log"], "log directory": ["--log-file", "."],
+    "status": ["--status-listen", "0.0.0.0:21120"], "user": ["--user", "no-such-user"],
+    "secret": ["--relay-secret", "nowhere"], "short secret": ["--relay-secret", "key"],
+    "port": ["--port", "65533"], "tickets": ["--relay-tickets", "on"],
+    "key": ["--key-priv", "garbage"], "list": [], "binary list": [], "store": [],
+}
+
+
+@pytest.mark.parametrize("what", BAD_STARTS)
+def test_check_refuses_what_a_start_refuses(tmp_path, what):
+    """An upgrade relies on it: what check passes is stopped and replaced."""
+    role = "hbbr" if what in ("tickets", "list", "binary list") else "hbbs"
+    role = "both" if what == "port" else role
+    written(tmp_path, "key", "short")
+    if what == "list":
+        (tmp_path / "blacklist.txt").mkdir()
+    elif what == "binary list":
+        written(tmp_path, "blocklist.txt", b"\xff\xfe")
+    elif what == "store":
+        written(tmp_path, "id_ed25519", SECRET_TEXT).chmod(0o600)
+        (tmp_path / "peers.jsonl").mkdir()
+    start = [] if role == "both" else [role]
+    status, why = maintain(tmp_path, *start, *BAD_STARTS[what])
+    assert status == 1
+    status, said = maintain(tmp_path, "check", role, "--json", *BAD_STARTS[what])
+    (fault,) = json.loads(said)["faults"]
+    assert status == 1 and why.splitlines()[-1].startswith(
+        f"rustdesk_server: {fault[:18]}")
+
+
+def test_check_knows_the_key_that_the_first_start_will_write(tmp_path):
+    status, said = maintain(tmp_path, "check", "hbbs", KEY_PRIV=SECRET_TEXT)
+    assert status == 0 and f"{PUBLIC_TEXT}; the first start writes it" in said
+    assert os.listdir(tmp_path) == []
+
+
 @pytest.mark.parametrize("command", [
     "check", "config", "client-config", "backup ../saved", "export-official ../back",
     "rotate-key", "status"])
