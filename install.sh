@@ -378,6 +378,7 @@ is_number() { # TEXT
 
 absolute() { # PATH
     case $1 in
+    /) say /. ;; # not nothing, which would be the default
     /*) say "${1%/}" ;;
     *) say "$PWD/${1%/}" ;;
     esac
@@ -452,7 +453,8 @@ print(sys.executable)' 2>/dev/null) || continue
         return 0
     done
     find_packager
-    refuse "it needs Python 3.9 or later. This installs it: $ADD $PY"
+    refuse "it needs Python 3.9 or later${GIVEN_PYTHON:+ ($GIVEN_PYTHON is none)}." \
+        "This installs it: $ADD $PY"
 }
 
 find_packager() { # ADD and the names of two packages

@@ -19855,12 +19855,13 @@ def test_program_cut_short_is_not_installed(place):
     (["--set", "port=1\nkey=2"], "--set"),
     (["--set", "a b=2"], "name=value"),
     (["--state", "/etc"], "/etc"),
+    (["--state", "/"], "/. is no place"),
     (["--state", "/a b/c"], "letters"),
     (["--service", "upstart"], "--service"),
     (["--frobnicate"], "--frobnicate"),
     (["--from"], "needs a value"),
     (["--import", "/nonexistent/official"], "/nonexistent"),
-    (["--python", "/nonexistent/python3"], "3.9"),
+    (["--python", "/nonexistent/python3"], "(/nonexistent/python3 is none)"),
 ])
 def test_installer_says_what_is_wrong_and_that_nothing_was_done(
         place, arguments, sentence):
