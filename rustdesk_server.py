@@ -7912,8 +7912,14 @@ class Log:
         """Keep the file under a second name and begin it anew."""
         with contextlib.suppress(FileNotFoundError):  # somebody has moved it
             os.replace(self.path, self.path + ".1")
-        old, self.descriptor = self.descriptor, self.open_file()
-        os.close(old)
+        self.open_again()
+
+    def open_again(self):
+        """Write to the file that has the name now, such as after logrotate; OSError
+        leaves the old one."""
+        if self.path:
+            old, self.descriptor = self.descriptor, self.open_file()
+            os.close(old)
 
 
 class Timer:
@@ -10206,6 +10212,11 @@ class Server:
         nothing; returns what stands in the way, or ""."""
         moment = time.monotonic_ns() // 1000
         self.supervisor.notify("RELOADING=1", f"MONOTONIC_USEC={moment}")
+        try:
+            self.log.open_again()
+        except OSError as error:
+            self.log.error(f"cannot write the log file {self.log.path}: "
+                           f"{error.strerror}; the old one is written on")
         try:
             config = self.load()
             Limits(config)

@@ -9681,6 +9681,25 @@ def test_log_file_that_somebody_has_moved_does_not_grow_for_ever(
     assert "line 99" in (tmp_path / "log").read_text()
 
 
+def test_log_file_that_was_moved_is_begun_anew_by_sighup(tmp_path):
+    """As logrotate does it; without its directory the old file is kept."""
+    folder = tmp_path / "log"
+    folder.mkdir()
+    path = folder / "server.log"
+    server = ServerProcess("--log-file", str(path))
+    server.log_path = str(path)
+    with server:
+        path.rename(folder / "server.log.old")
+        server.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: path.exists() and "read again" in path.read_text())
+        shutil.rmtree(folder)
+        server.process.send_signal(signal.SIGHUP)
+        assert order(server, "reload")["said"] == "read again"
+        folder.mkdir()
+        server.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: path.exists() and "read again" in path.read_text())
+
+
 def test_log_file_that_cannot_be_renamed_is_written_on(tmp_path, monkeypatch):
     monkeypatch.setattr(rustdesk_server.Log, "FILE_BYTES", 10)
     (tmp_path / "log.1").mkdir()
