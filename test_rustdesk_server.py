@@ -18703,7 +18703,7 @@ def test_check_refuses_what_a_start_refuses(tmp_path, what):
     elif what == "store":
         written(tmp_path, "id_ed25519", SECRET_TEXT).chmod(0o600)
         (tmp_path / "peers.jsonl").mkdir()
-    start = [] if role == "both" else [role]
+    start = [] if role == "both" else [role, "-p", "0", "-b", "127.0.0.1"]
     status, why = maintain(tmp_path, *start, *BAD_STARTS[what])
     assert status == 1
     status, said = maintain(tmp_path, "check", role, "--json", *BAD_STARTS[what])
