@@ -3182,12 +3182,8 @@ def copy_new_file(source, path, mode):
 def write_in_place(path, text):
     """Replace a file of ours in one step, mode 0600; OSError leaves the old
     one."""
-    descriptor = os.open(path + ".new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with open(descriptor, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(descriptor)
-    os.replace(path + ".new", path)
+    with new_file(f"{path}.{os.urandom(4).hex()}.new", 0o600, path) as file:
+        file.write(text.encode("utf-8"))
 
 
 def read_ticket_secret(path):
@@ -3223,8 +3219,10 @@ def create_key_files(directory, random_bytes):
     try:
         created = write_new_file(path, encode_base64(secret).encode(), 0o600)
     except OSError as error:
-        raise Trouble(f"cannot create {path}: {error.strerror}; start in a "
-                      "directory where this user may write") from None
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = ("make room on its disk" if is_full else
+                  "start in a directory where this user may write")
+        raise Trouble(f"cannot create {path}: {error.strerror}; {remedy}") from None
     return secret if created else read_key_file(directory)
 
 
@@ -4347,6 +4345,13 @@ DISABLED, RELEASED, FORGOTTEN = "disabled", "released", "forgotten"
 LATEST_TIME = 32_503_680_000
 
 
+def is_usable_id(peer_id):
+    """Whether an id can be a peer's: some text, not too long, without blanks or
+    control characters."""
+    return (0 < len(peer_id.encode()) <= MAX_ID_BYTES
+            and peer_id.isprintable() and " " not in peer_id)
+
+
 class Peer:
     """A RustDesk installation: its id, the device that owns it, and its key.
 
@@ -5171,7 +5176,7 @@ def judge_form(request):
     size = len(request.id.encode())
     if size < MIN_ID_BYTES:
         return Result.UUID_MISMATCH, Refusal.ID_TOO_SHORT  # the client makes another id
-    if size > MAX_ID_BYTES or not request.id.isprintable() or " " in request.id:
+    if not is_usable_id(request.id):
         return Result.INVALID_ID_FORMAT, Refusal.BAD_ID
     if len(request.pk) != PUBLIC_KEY_BYTES or len(request.uuid) > MAX_DEVICE_UUID_BYTES:
         return Result.NOT_SUPPORT, Refusal.BAD_PUBLIC_KEY
@@ -9782,9 +9787,7 @@ class Server:
         self.consoles[Listener.RELAY] = RelayConsole(
             self.relay, self.change_by_console, self.edit_by_console)
         self.take_handlers(self.relay)
-        if self.relay.asks_tickets and self.role == "hbbr" and not self.ticket_secret:
-            raise Trouble("--relay-tickets on needs an ID server that announces "
-                          "them: give both the same --relay-secret")
+        check_ticket_secret(self.config, self.role, self.ticket_secret)
         if not self.relay.asks_tickets and not key.required:
             self.warn("the relay has neither tickets nor a key: anybody who finds its "
                       "port can send traffic through it.  --relay-tickets on, "
@@ -10389,6 +10392,13 @@ def read_list(path):
         raise Trouble(f"cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError:
         raise Trouble(f"cannot read {path}: it is no UTF-8 text") from None
+
+
+def check_ticket_secret(config, role, secret):
+    """Trouble if tickets are asked for that nobody can announce."""
+    if role == "hbbr" and config.relay_tickets == "on" and not secret:
+        raise Trouble("--relay-tickets on needs an ID server that announces them: give "
+                      "both the same --relay-secret")
 
 
 def check_status_token(config):
@@ -11689,7 +11699,7 @@ def peer_from_row(row, store):
         return None, "skipped for a key that is not 32 bytes"
     if not isinstance(device_uuid, bytes) or not device_uuid:
         return None, "skipped for a missing device uuid"
-    if not isinstance(peer_id, str) or not 0 < len(peer_id.encode()) <= MAX_ID_BYTES:
+    if not isinstance(peer_id, str) or not is_usable_id(peer_id):
         return None, "skipped for an unusable id"
     known = store.peers.get(peer_id)
     if known is not None:
@@ -11783,6 +11793,8 @@ def export_official(directory, target):
     if os.path.exists(database):
         raise Trouble(f"{database} exists and was left alone; name an empty "
                       "directory")
+    if os.path.exists(target) and not os.path.isdir(target):
+        raise Trouble(f"{target} is a file: name an empty directory")
     theirs = read_key_file(target)
     if theirs is not None and theirs != read_key_file(directory):
         raise Trouble(f"{target} has another key: name an empty directory")
@@ -11947,8 +11959,9 @@ def restore(directory, path, replace_key):
     """Bring the files of a backup back; what was there is kept as
     NAME.previous.
 
-    Returns the names. Refuses to put another key in the place of ours.  All
-    are written before one is put in its place, since the disk may be full.
+    Returns the names, and a sentence about what has become of others.  Refuses
+    to put another key in the place of ours.  All are written before one is put
+    in its place, since the disk may be full.
     """
     files = read_backup(path)
     check_restored_key(directory, path, files, replace_key)
@@ -11958,13 +11971,18 @@ def restore(directory, path, replace_key):
             target = os.path.join(directory, name)
             written.append((f"{target}.{os.urandom(4).hex()}.new", target))
             unpack(path, files[name], *written[-1])
-        for temporary, target in written:
-            bring_back(temporary, target)
+        kept = [bring_back(temporary, target) for temporary, target in written]
     finally:
         for temporary, _ in written:
             if os.path.exists(temporary):
                 os.unlink(temporary)
     sync_directory(os.path.join(directory, KEY_FILE))
+    kept = [os.path.basename(previous) for previous in kept if previous]
+    if kept:
+        names.append(f"what was there is kept as {', '.join(kept)}")
+    if not os.path.exists(os.path.join(directory, KEY_FILE)):
+        names.append(f"the backup has no key: put {KEY_FILE} here before the start, or "
+                     "clients will not trust this server")
     return names
 
 
@@ -11995,13 +12013,13 @@ def unpack(path, place, temporary, target):
 
 
 def bring_back(temporary, target):
-    """Put a file in its place in one step; what was there keeps a second
-    name."""
+    """Put a file in its place in one step; what was there keeps a second name,
+    which is returned, "" without."""
     if has_same_content(target, temporary):  # else ours would lose its second name
-        return
-    if os.path.exists(target):
-        keep_previous(target)
+        return ""
+    previous = keep_previous(target) if os.path.exists(target) else ""
     os.replace(temporary, target)
+    return previous
 
 
 def has_same_content(one, two):
@@ -12016,14 +12034,14 @@ def has_same_content(one, two):
 
 
 def keep_previous(path):
-    """A second name for a file that is about to be replaced.
+    """Give a file that is about to be replaced a second name; returns it.
 
     A name that a former key has is not taken from it.
     """
     previous, number = path + ".previous", 1
     while os.path.basename(path) == KEY_FILE and os.path.exists(previous):
         if has_same_content(path, previous):
-            return
+            return previous
         number += 1
         previous = f"{path}.previous{number}"
     if os.path.exists(previous):
@@ -12032,6 +12050,7 @@ def keep_previous(path):
         os.link(path, previous)
     except OSError:  # no hard links here
         os.replace(path, previous)
+    return previous
 
 
 def rotate_key(directory, random_bytes):
@@ -12076,7 +12095,9 @@ def describe(config, role, directory):
             except Trouble as trouble:
                 faults.append(str(trouble))
     checks = [lambda: look_for_places(config), lambda: look_at_ports(config, role),
-              lambda: look_at_secret(config, role), lambda: check_status_token(config)]
+              lambda: check_status_token(config),
+              lambda: check_ticket_secret(
+                  config, role, read_ticket_secret(config.relay_secret))]
     if role != "hbbr":
         checks.append(lambda: facts.update(peers=describe_store(directory)))
     if role != "hbbs":
@@ -12122,14 +12143,6 @@ def look_at_ports(config, role):
         raise Trouble(f"there is no port {last}: choose another -p")
 
 
-def look_at_secret(config, role):
-    """Trouble if tickets are to be announced, but not by the same secret."""
-    secret = read_ticket_secret(config.relay_secret)
-    if role == "hbbr" and config.relay_tickets == "on" and not secret:
-        raise Trouble("--relay-tickets on needs an ID server that announces them: give "
-                      "both the same --relay-secret")
-
-
 def describe_key(config, is_relay, directory):
     """The key of a role, and what it asks of clients."""
     setting = config.key if config.key is not None else "" if is_relay else "-"
@@ -12153,7 +12166,10 @@ def describe_store(directory):
     except OSError as error:
         raise Trouble(f"cannot read {store.path}: {error.strerror}; it holds the known "
                       "peers") from None
-    bad = f", {len(store.bad_lines)} bad lines" if store.bad_lines else ""
+    bad = ""
+    if store.bad_lines:
+        number, why, _ = store.bad_lines[0]
+        bad = f", {len(store.bad_lines)} bad lines, the first is line {number}: {why}"
     return f"{len(store.peers)} known{bad}{', torn last line' if store.torn else ''}"
 
 
@@ -13687,6 +13703,7 @@ def maintain(command, description, operands, options, action):
             parser.add_argument(name, action="store_true", help=text)
         parser.add_argument("--directory", metavar="DIR",
                             help="the state directory (the working directory)")
+        parser.add_argument("--json", action="store_true", help="for programs")
         given = parser.parse_args(arguments)
         for name, _ in operands:
             setattr(given, name, os.path.abspath(getattr(given, name)))
@@ -13700,8 +13717,7 @@ def maintain(command, description, operands, options, action):
         finally:
             if command in (*FURNISHING, "rotate-key"):
                 give_to_owner()
-        for sentence in said:
-            print(sentence)
+        print(json.dumps(said) if given.json else "\n".join(said))
         return 0
 
     return run

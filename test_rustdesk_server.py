@@ -17856,6 +17856,8 @@ def test_import_counts_each_kind_of_row_that_it_skips(tmp_path):
         ("555555555", "text", b"\5" * 32, "2026-01-01 00:00:00", "{}"),
         ("", b"uuid-6", b"\6" * 32, "2026-01-01 00:00:00", "{}"),
         ("x" * 101, b"uuid-7", b"\7" * 32, "2026-01-01 00:00:00", "{}"),
+        ("12345\n678", b"uuid-a", b"\x0a" * 32, "2026-01-01 00:00:00", "{}"),
+        ("12345 678", b"uuid-b", b"\x0b" * 32, "2026-01-01 00:00:00", "{}"),
         ("999999999", b"uuid-9", b"\x09" * 32, "yesterday", "no json")])
     with contextlib.closing(sqlite3.connect(source / "db_v2.sqlite3")) as database:
         database.execute("INSERT INTO peer (guid, id, uuid, pk, info) VALUES "
@@ -17867,7 +17869,7 @@ def test_import_counts_each_kind_of_row_that_it_skips(tmp_path):
     status, said = maintain(tmp_path, "import", str(source / "db_v2.sqlite3"))
     assert status == 0 and set(said.strip().partition(": ")[2].split(", ")) == {
         "2 imported", "1 skipped for a key that is not 32 bytes",
-        "2 skipped for a missing device uuid", "3 skipped for an unusable id",
+        "2 skipped for a missing device uuid", "5 skipped for an unusable id",
         "1 skipped for another device here"}
     assert reloaded(tmp_path / "peers.jsonl") == {
         "gerät-2": fields(peer("gerät-2", 7)),
@@ -17929,6 +17931,9 @@ def test_import_sees_what_is_only_in_the_log_of_a_database_in_use(tmp_path):
 
 def test_nothing_is_exported_beside_another_key_or_over_a_database(tmp_path):
     furnished(tmp_path / "ours", 2)
+    file = written(tmp_path, "file", "")
+    status, said = maintain(tmp_path / "ours", "export-official", str(file))
+    assert status == 1 and f"{file} is a file" in said
     there = tmp_path / "there"
     there.mkdir()
     key = written(there, "id_ed25519", SECRET_TEXT)
@@ -18035,6 +18040,36 @@ def test_restore_puts_no_other_key_in_the_place_of_ours(tmp_path):
     assert maintain(there, "restore", "--replace-key", str(tmp_path / "saved"))[0] == 0
     assert (there / "id_ed25519").read_text() == SECRET_TEXT
     assert (there / "id_ed25519.previous").read_text() == other
+
+
+def test_restore_says_what_it_kept_and_that_a_key_is_missing(tmp_path):
+    furnished(tmp_path / "theirs", 2)
+    maintain(tmp_path / "theirs", "backup", str(tmp_path / "saved"))
+    maintain(tmp_path / "theirs", "backup", str(tmp_path / "keyless"), "--no-key")
+    (tmp_path / "new").mkdir()
+    status, said = maintain(tmp_path / "new", "restore", str(tmp_path / "keyless"))
+    assert status == 0 and "no key: put id_ed25519 here" in said
+    status, said = maintain(tmp_path / "new", "restore", str(tmp_path / "saved"))
+    assert status == 0 and "kept as" not in said and "no key" not in said
+    furnished(tmp_path / "ours", 1)
+    status, said = maintain(
+        tmp_path / "ours", "restore", "--replace-key", str(tmp_path / "saved"))
+    kept = said.splitlines()[-1].partition("kept as ")[2].split(", ")
+    assert status == 0 and "peers.jsonl.previous" in kept
+    assert all((tmp_path / "ours" / name).exists() for name in kept)
+
+
+@pytest.mark.parametrize("command", [
+    ["backup", "saved"], ["restore", "before"], ["import", "official"],
+    ["export-official", "there"], ["rotate-key"]])
+def test_maintenance_tells_programs_what_it_did_as_a_list(tmp_path, command):
+    furnished(tmp_path, 1)
+    maintain(tmp_path, "backup", "before")
+    official_home(tmp_path / "official", OFFICIAL_ROWS)
+    (tmp_path / "official" / "id_ed25519").unlink()
+    status, said = maintain(tmp_path, *command, "--json")
+    found = json.loads(said)
+    assert status == 0 and found and all(isinstance(line, str) for line in found)
 
 
 def test_backup_without_the_key_leaves_ours_alone(tmp_path):
@@ -18405,6 +18440,23 @@ def test_backup_without_room_leaves_the_former_one(disk):
     assert (files_in(disk), (disk / "saved").read_bytes()) == (state, saved)
     assert not list(disk.glob("*.new"))
     filler.unlink()
+
+
+@needs_mount
+def test_setting_without_room_leaves_nothing_half_written(disk):
+    with ServerProcess(directory=str(disk)) as server:
+        filler = fill_up(disk)
+        assert "No space left" in order(server, "allow", "10.0.0.0/8")["fault"]
+        assert not list(disk.glob("changes.conf*"))
+        filler.unlink()
+        assert "said" in order(server, "allow", "10.0.0.0/8")
+
+
+@needs_mount
+def test_first_start_without_room_says_to_make_some(disk):
+    fill_up(disk)
+    status, said = maintain(disk, "hbbs", "--port", "0")
+    assert status == 1 and "No space left on device; make room on its disk" in said
 
 
 @needs_mount
