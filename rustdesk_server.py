@@ -6357,8 +6357,8 @@ class Session:
     """Two paired links: what they may carry, and what they have carried."""
 
     __slots__ = ("number", "peer_id", "first", "second", "started", "flows", "cap",
-                 "carried", "uncharged", "slowed", "rate", "highest", "ticked",
-                 "ticked_bytes", "active")
+                 "carried", "uncharged", "slowed", "downgraded", "rate", "highest",
+                 "ticked", "ticked_bytes", "active")
 
     def __init__(self, number, peer_id, first, second, cap, capped, now):
         self.number = number
@@ -6370,7 +6370,7 @@ class Session:
         if capped:
             self.hold_back()
         self.carried = self.uncharged = self.ticked_bytes = 0
-        self.slowed = False
+        self.slowed = self.downgraded = False
         self.rate = self.highest = 0.0  # kb/s in the last second, and at most
 
     def __str__(self):
@@ -6509,6 +6509,17 @@ class Relay:
     def admits_address(self, address):
         """Whether links from this address are served at all."""
         return address.ip not in self.refused
+
+    def is_listed(self, first, second):
+        """Whether one of two links is at an address of blacklist.txt."""
+        return first.address.ip in self.slowed or second.address.ip in self.slowed
+
+    def is_unwanted(self, session):
+        """Whether a session's peer, or the address of an end, is refused by
+        now."""
+        links = session.first, session.second
+        return (bool(session.peer_id) and self.limits.rules.refuses_id(session.peer_id)
+                or not all(self.admits_address(link.address) for link in links))
 
     def on_request_relay(self, request, origin, now):
         """One end of a session: wait for the other, or pair with it."""
@@ -6670,7 +6681,7 @@ class Relay:
 
     def open_session(self, peer_id, first, second, now):
         """A session of two links, with the bandwidth that it may have."""
-        slowed = first.address.ip in self.slowed or second.address.ip in self.slowed
+        slowed = self.is_listed(first, second)
         cap = self.cap_for(slowed, now)
         session = Session(next(self.numbers), peer_id, first, second, cap,
                           cap is not None or self.total is not None, now)
@@ -6751,7 +6762,8 @@ class Relay:
         config, age = self.config, now - session.started
         if (age > config.downgrade_start_check and session.carried / age
                 > session.cap.rate * config.downgrade_threshold):
-            session.slowed, session.cap = True, self.cap_for(True, now)
+            session.slowed = session.downgraded = True
+            session.cap = self.cap_for(True, now)
             session.hold_back()
             if not self.is_capped(session) and session.release():
                 yield Resume(session)
@@ -6765,12 +6777,14 @@ class Relay:
         return cap_of(config.limit_speed if slowed else config.single_bandwidth, now)
 
     def set_caps(self, now):
-        """Take the caps from a new configuration, for the sessions that there
-        are."""
+        """Take the caps from a new configuration, or new lists, for the
+        sessions that there are."""
         had_total, self.total = self.total, cap_of(self.config.total_bandwidth, now)
         for session in self.sessions.values():
             session.settle()  # before its allowance is another one
             was_capped = had_total is not None or session.cap is not None
+            listed = self.is_listed(session.first, session.second)
+            session.slowed = session.downgraded or listed
             session.cap = self.cap_for(session.slowed, now)
             if self.is_capped(session) and not was_capped:
                 session.hold_back()
@@ -10263,8 +10277,8 @@ class Server:
         self.log.info(f"configuration read again, {len(changed)} settings changed")
 
     def enforce(self):
-        """Let limits, rules, keys and bandwidth be those of the configuration,
-        also for what lives already."""
+        """Let limits, rules, lists, keys and bandwidth be those of the
+        configuration, also for what lives already."""
         config, rules = self.config, self.limits.rules
         if self.rendezvous is not None:
             self.rendezvous.key.accepted = config.accept_key
@@ -10277,7 +10291,7 @@ class Server:
             self.relay.key.accepted = config.accept_key
             self.perform(self.relay.set_caps(self.loop.now))
             for session in list(self.relay.sessions.values()):
-                if session.peer_id and rules.refuses_id(session.peer_id):
+                if self.relay.is_unwanted(session):
                     self.end_session(session, "cut")
             if not self.sharing:
                 self.share_bandwidth()
@@ -10327,6 +10341,7 @@ class Server:
         else:
             given = set(map(parse_ip, filter(None, words)))  # all of them, or none
             (addresses.update if add else addresses.difference_update)(given)
+        self.enforce()
         try:
             write_in_place(os.path.join(self.directory, name),
                            "".join(f"{ip}\n" for ip in sorted(addresses)))

@@ -8499,6 +8499,20 @@ def test_session_that_carries_too_much_for_too_long_is_downgraded():
     assert carry_for(world, session, 5, 7) == []
 
 
+@pytest.mark.parametrize("place", [A_PLACE, B_PLACE])
+def test_session_is_slowed_while_an_end_of_it_is_in_the_blacklist(place):
+    """Also one that was there before (5.9.4); a downgraded one stays slow."""
+    world = RelayWorld(single_bandwidth=100.0)
+    session = world.paired()
+    for listed, rate in (True, 32), (False, 100):
+        (world.role.slowed.add if listed else world.role.slowed.remove)(place.ip)
+        assert list(world.role.set_caps(NOW)) == []
+        assert session.cap.rate == rate * 131_072
+    session.slowed = session.downgraded = True
+    list(world.role.set_caps(NOW))
+    assert session.cap.rate == 32 * 131_072
+
+
 def test_session_below_the_threshold_is_not_downgraded():
     world = RelayWorld(single_bandwidth=10.0, downgrade_start_check=20)
     session = world.paired()
@@ -11616,6 +11630,28 @@ def test_console_of_the_relay_edits_its_lists_by_addresses_in_any_form():
             assert console(relay, "relay", command).strip() == ""
             assert console(relay, "relay", "b").split() == left
             assert relay.read("blacklist.txt").split() == left
+
+
+@pytest.mark.parametrize("by_console", [True, False])
+@pytest.mark.parametrize("refused", [0, 1])
+def test_live_session_ends_when_an_end_of_it_is_refused(refused, by_console):
+    """By the console or by blocklist.txt, whichever end it is (5.9.4)."""
+    ips = [next_ip(), next_ip()]
+    with ServerProcess("--console", "full") as server:
+        kept = open_pair(server)
+        ends = open_pair(server, a_ip=ips[0], b_ip=ips[1])
+        if by_console:
+            assert console(server, "relay", f"Ba {ips[refused]}") == ""
+        else:
+            server.write("blocklist.txt", ips[refused] + "\n")
+            server.process.send_signal(signal.SIGHUP)
+        for end in ends:
+            assert end.ended()
+            end.close()
+        kept[0].send(b"still here")
+        assert kept[1].receive() == b"still here"
+        for end in kept:
+            end.close()
 
 
 @pytest.mark.parametrize("command", ["usage", "u"])
