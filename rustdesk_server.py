@@ -9790,6 +9790,9 @@ class Server:
             if not found:
                 self.warn("--mask is given, but no address of this machine in that "
                           "network is found: name it by --local-ip")
+        if found and self.config.port not in (None, 0, RENDEZVOUS_PORT):
+            # Without a port clients would go to the standard one (1.1).
+            found = str(Address(found, self.config.port + RELAY_OFFSET))
         self.rendezvous.local_relay = found
 
     def create_relay(self):

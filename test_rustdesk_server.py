@@ -21324,6 +21324,17 @@ def test_initiator_inside_the_lan_is_told_the_servers_local_address():
                 response = link.expect("relay_response")
     assert response.relay_server.partition(":")[0] == "127.0.0.9"
 
+
+def test_local_address_of_the_relay_has_its_port_if_that_is_not_the_usual_one():
+    """Without one clients go to 21117, where nobody listens (1.1)."""
+    port = free_ports(6) + 2
+    with ServerProcess(*LAN, port=port) as server:
+        with Peer(server, ip=lan_ip()).registered() as inside:
+            with dial(server, inside.peer_id):
+                hole = inside.receive("punch_hole")
+    assert hole.relay_server == f"127.0.0.9:{port + 1}"
+
+
 # -- what to type into clients --
 
 
