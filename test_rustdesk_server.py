@@ -15406,8 +15406,9 @@ def test_browser_registers_asks_dials_and_relays(open_server, way, tmp_path, req
 #
 #     python3 test_rustdesk_server.py floods [--seconds 10] [--only NAME] [--json]
 
-#: What a flood may leave behind: full tables, and memory that Python keeps.
-FLOOD_GROWTH_KIB = 24 << 10
+#: What a flood may leave behind: full tables, and memory that Python keeps.  PyPy
+#: collects late: TLS garbage left 200 MiB there after 15 s, 170 after 50.
+FLOOD_GROWTH_KIB = (24 if sys.implementation.name == "cpython" else 256) << 10
 
 #: A pair connects in this time whatever the strangers do.
 CONNECT_SECONDS = 1.0
