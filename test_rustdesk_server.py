@@ -22393,7 +22393,8 @@ def renew_at_last(peer):
 def lasting_victim():
     """A server that only this section torments, and a peer registered with it,
     which is asked for after each torment."""
-    with ServerProcess("--limit", "requests-per-target=100000") as started, Peer(started).registered() as peer:
+    limits = "--limit", "requests-per-target=100000"
+    with ServerProcess(*limits) as started, Peer(started).registered() as peer:
         started.peer = peer
         yield started
 
