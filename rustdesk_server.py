@@ -3126,6 +3126,11 @@ def read_key_file(directory):
     return secret
 
 
+def temporary_name(path):
+    """A free name beside a file, for what shall take its place."""
+    return f"{path}.{os.urandom(4).hex()}.new"
+
+
 @contextlib.contextmanager
 def new_file(path, mode, target=None):
     """A file that does not exist yet, to be written; when all went well it is on
@@ -3149,7 +3154,7 @@ def write_new_file(path, data, mode):
     Returns whether it was created.  A crash in between leaves no half file
     where the file system has hard links.
     """
-    temporary = f"{path}.{os.urandom(4).hex()}.new"
+    temporary = temporary_name(path)
     with new_file(temporary, mode) as file:
         file.write(data)
     try:
@@ -3182,7 +3187,7 @@ def copy_new_file(source, path, mode):
 def write_in_place(path, text):
     """Replace a file of ours in one step, mode 0600; OSError leaves the old
     one."""
-    with new_file(f"{path}.{os.urandom(4).hex()}.new", 0o600, path) as file:
+    with new_file(temporary_name(path), 0o600, path) as file:
         file.write(text.encode("utf-8"))
 
 
@@ -11822,7 +11827,7 @@ def export_official(directory, target):
     store = PeerStore(os.path.join(directory, STORE_FILE))
     store.load()
     os.makedirs(target, mode=0o700, exist_ok=True)
-    temporary = f"{database}.{os.urandom(4).hex()}.new"
+    temporary = temporary_name(database)
     try:
         fill_database(temporary, store.peers.values())
         os.replace(temporary, database)
@@ -11872,8 +11877,8 @@ def back_up(directory, path, with_key):
     names = [name for name in BACKUP_FILES if name not in left_out
              and os.path.exists(os.path.join(directory, name))]
     check_backup_place(directory, path, names)
-    digest, temporary = hashlib.sha256(), f"{path}.{os.urandom(4).hex()}.new"
-    with new_file(temporary, 0o600, path) as file:
+    digest = hashlib.sha256()
+    with new_file(temporary_name(path), 0o600, path) as file:
         put = writer_into(file, digest)
         put(f"{BACKUP_TITLE}\n".encode())
         for name in names:
@@ -11987,7 +11992,7 @@ def restore(directory, path, replace_key):
     try:
         for name in names:
             target = os.path.join(directory, name)
-            written.append((f"{target}.{os.urandom(4).hex()}.new", target))
+            written.append((temporary_name(target), target))
             unpack(path, files[name], *written[-1])
         kept = [bring_back(temporary, target) for temporary, target in written]
     finally:
@@ -12145,18 +12150,23 @@ def look_for_places(config):
     if path and (os.path.isdir(path) or not os.access(place, os.W_OK)):
         raise Trouble(f"cannot write the log file {path} (see --log-file)")
     if config.user:
-        import pwd  # only here: not on Windows
+        find_user(config.user)
 
-        try:
-            pwd.getpwnam(config.user)
-        except KeyError:
-            text = f"user = {config.user}: this system has no such user"
-            raise Trouble(text) from None
+
+def find_user(name):
+    """The system's record of a user (getpwnam); Trouble if there is none."""
+    import pwd  # only here: not on Windows
+
+    try:
+        return pwd.getpwnam(name)
+    except KeyError:
+        raise Trouble(f"user = {name}: this system has no such user") from None
 
 
 def look_at_ports(config, role):
     """Trouble if the last of the ports around --port is none."""
-    last = (config.port or 0) + (3 if role == "both" else 2)
+    last = (config.port or 0) + WEBSOCKET_OFFSET
+    last += RELAY_OFFSET if role == "both" else 0
     if last > 65535:
         raise Trouble(f"there is no port {last}: choose another -p")
 
@@ -13270,12 +13280,7 @@ def enter_directory(flags, may_make=False):
 def become(name, directory):
     """Go on as another user, who gets our files; Trouble if that can't
     be."""
-    import pwd  # only here: not on Windows
-
-    try:
-        user = pwd.getpwnam(name)
-    except KeyError:
-        raise Trouble(f"user = {name}: this system has no such user") from None
+    user = find_user(name)
     if os.geteuid() == user.pw_uid:
         return
     try:
