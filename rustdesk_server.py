@@ -72,6 +72,7 @@ import heapq
 import json
 import os
 import re
+import select
 import selectors
 import signal
 import socket
@@ -7858,6 +7859,13 @@ def setup_picture(text):
 
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 
+#: What epoll is asked for, whose constants only Linux has, and what its answer means:
+#: an error or a hang-up is both, since to read or to write tells which.
+EPOLLIN, EPOLLOUT = 1, 4
+EPOLL_MASKS = {READ: EPOLLIN, WRITE: EPOLLOUT, READ | WRITE: EPOLLIN | EPOLLOUT}
+EPOLL_EVENTS = tuple((READ if mask & ~EPOLLOUT else 0) | (WRITE if mask & ~EPOLLIN else 0)
+                     for mask in range(32))
+
 
 class Log:
     """Lines for the operator, written once per loop turn."""
@@ -7982,6 +7990,77 @@ class Timers:
                 yield action
 
 
+class EpollWaiter:
+    """Waits for sockets by Linux's epoll.
+
+    The standard library's selector takes longer to find out whose an event is than a
+    small message takes to be passed on.
+    """
+
+    #: What one turn serves at most.
+    MAX_EVENTS = 256
+
+    def __init__(self):
+        self.epoll = select.epoll()
+        self.handlers = {}  # descriptor -> what is called
+
+    def register(self, sock, events, handler):
+        """Begin to wait for a socket."""
+        descriptor = sock.fileno()
+        self.epoll.register(descriptor, EPOLL_MASKS[events])
+        self.handlers[descriptor] = handler
+
+    def modify(self, sock, events, handler):
+        """Wait for other events."""
+        descriptor = sock.fileno()
+        self.epoll.modify(descriptor, EPOLL_MASKS[events])
+        self.handlers[descriptor] = handler
+
+    def unregister(self, sock):
+        """Wait for it no more."""
+        descriptor = sock.fileno()
+        self.epoll.unregister(descriptor)
+        del self.handlers[descriptor]
+
+    def forget(self, sock):
+        """The same for one that is about to be closed, which takes it out of epoll
+        without another system call; it need not be waited for."""
+        self.handlers.pop(sock.fileno(), None)
+
+    def wait(self, seconds):
+        """The (handler, events) of every socket that is ready, after so many seconds at
+        the latest; None waits for ever.
+
+        Handlers are found before any is called: a descriptor that one closes may be
+        another socket's when its own event is due.
+        """
+        if seconds is not None and seconds < 0:
+            seconds = 0
+        handlers, events = self.handlers, EPOLL_EVENTS
+        return [(handlers[descriptor], events[mask])
+                for descriptor, mask in self.epoll.poll(seconds, self.MAX_EVENTS)
+                if descriptor in handlers]
+
+
+class PortableWaiter:
+    """The same by whatever the system has."""
+
+    def __init__(self):
+        self.selector = selectors.DefaultSelector()
+        self.register = self.selector.register
+        self.modify = self.selector.modify
+        self.unregister = self.selector.unregister
+
+    def forget(self, sock):
+        """Wait no more for a socket that is about to be closed, if it is waited for."""
+        if sock in self.selector.get_map():
+            self.selector.unregister(sock)
+
+    def wait(self, seconds):
+        """The (handler, events) of every socket that is ready."""
+        return [(key.data, events) for key, events in self.selector.select(seconds)]
+
+
 class Loop:
     """Waits for sockets and timers, and calls what was registered for them.
 
@@ -7991,7 +8070,7 @@ class Loop:
     """
 
     def __init__(self, on_turn, on_fault):
-        self.selector = selectors.DefaultSelector()
+        self.waiter = EpollWaiter() if hasattr(select, "epoll") else PortableWaiter()
         self.timers = Timers()
         self.on_turn = on_turn
         self.on_fault = on_fault
@@ -8000,16 +8079,20 @@ class Loop:
 
     def watch(self, sock, events, handler):
         """Call `handler(events)` when `sock` is ready for any of `events`."""
-        self.selector.register(sock, events, handler)
+        self.waiter.register(sock, events, handler)
 
     def change(self, sock, before, events, handler):
         """Watch for other events than before; none means not at all."""
         if not events:
-            self.selector.unregister(sock)
+            self.waiter.unregister(sock)
         elif not before:
-            self.selector.register(sock, events, handler)
+            self.waiter.register(sock, events, handler)
         else:
-            self.selector.modify(sock, events, handler)
+            self.waiter.modify(sock, events, handler)
+
+    def forget(self, sock):
+        """Watch a socket no more, if it was watched, that is about to be closed."""
+        self.waiter.forget(sock)
 
     def later(self, seconds, action):
         """Call `action` in so many seconds; returns its `Timer`."""
@@ -8021,17 +8104,17 @@ class Loop:
         With few connections a turn serves one event, so what is called for every
         turn is kept short.
         """
-        select, clock, heap = self.selector.select, time.monotonic, self.timers.heap
+        wait, clock, heap = self.waiter.wait, time.monotonic, self.timers.heap
         on_turn = self.on_turn
         self.running = True
         while self.running:
-            ready = select(heap[0][0] - clock() if heap else None)
+            ready = wait(heap[0][0] - clock() if heap else None)
             self.now = clock()
-            for key, events in ready:
+            for handler, events in ready:
                 try:
-                    key.data(events)
+                    handler(events)
                 except Exception as error:  # ours, not the other side's: see on_fault
-                    self.on_fault(key.data, error)
+                    self.on_fault(handler, error)
             if heap and heap[0][0] <= self.now:
                 for action in self.timers.due(self.now):
                     self.attempt(action)
@@ -8224,8 +8307,7 @@ class StreamListener:
 
     def close(self):
         """Stop listening."""
-        if self.socket in self.server.loop.selector.get_map():
-            self.server.loop.change(self.socket, READ, 0, self.on_events)
+        self.server.loop.forget(self.socket)
         self.socket.close()
 
 
@@ -8281,7 +8363,7 @@ class DatagramListener:
 
     def close(self):
         """Stop listening."""
-        self.server.loop.change(self.socket, READ, 0, self.on_events)
+        self.server.loop.forget(self.socket)
         self.socket.close()
 
 
@@ -9085,7 +9167,8 @@ class Connection(Link):
         """End at once; the role forgets the link, and `then` is done."""
         if self.state is State.CLOSED:
             return
-        self.watch(0)
+        self.interest = 0
+        self.server.loop.forget(self.socket)
         self.socket.close()
         self.ended = True
         self.become(State.CLOSED, self.read_nothing)
@@ -9382,7 +9465,7 @@ class RelayCheck:
         name = self.sockets.pop(sock)
         if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0:
             self.healthy.add(name)
-        self.loop.change(sock, WRITE, 0, None)
+        self.loop.forget(sock)
         sock.close()
         self.finish_if_complete()
 
@@ -9395,7 +9478,7 @@ class RelayCheck:
         """Tell who answered, once."""
         self.timer.cancel()
         for sock in self.sockets:
-            self.loop.change(sock, WRITE, 0, None)
+            self.loop.forget(sock)
             sock.close()
         self.sockets = {}
         if self.done is not None:
@@ -9565,7 +9648,7 @@ class Announcer:
         if self.timer is not None:
             self.timer.cancel()
         if self.socket is not None:
-            self.watch(0)
+            self.server.loop.forget(self.socket)
             self.socket.close()
         self.reset()
 
@@ -10593,8 +10676,7 @@ class Door:
 
     def close(self):
         """Let nobody in any more."""
-        if self.socket in self.server.loop.selector.get_map():
-            self.server.loop.change(self.socket, READ, 0, None)
+        self.server.loop.forget(self.socket)
         self.socket.close()
         with contextlib.suppress(OSError):
             os.unlink(self.path)
@@ -10628,7 +10710,7 @@ class Visit:
                 self.socket.close()
                 raise
         elif not data or len(self.data) > Door.MAX_LINE_BYTES:
-            self.loop.change(self.socket, READ, 0, None)
+            self.loop.forget(self.socket)
             self.socket.close()
 
     def answer(self, reply):
@@ -10645,7 +10727,7 @@ class Visit:
         except OSError:
             self.data = b""
         if not self.data:
-            self.loop.change(self.socket, WRITE, 0, None)
+            self.loop.forget(self.socket)
             self.socket.close()
 
 
