@@ -57,6 +57,48 @@ Sections 3 to 15 do no input or output but reading and writing their own files (
 the map.
 """
 
+import os
+import sys
+
+#: Where a file without a name can be run from.
+DESCRIPTORS = "/proc/self/fd/"
+
+
+def start_again(code):
+    """Start this program again from its own byte code.
+
+    Compiling a file of this size leaves 20 MB behind that nothing gives back.
+    The code is put into a file without a name, so nothing is written to the
+    disk, and nobody can change what is run.  Where that cannot be (it takes
+    Linux, and /proc) the program goes on as it is.
+    """
+    import importlib.util
+    import marshal
+
+    try:
+        with open("/proc/self/cmdline", "rb") as file:
+            words = file.read().split(b"\0")[:-1]
+        descriptor = os.memfd_create("rustdesk_server", 0)
+        header = importlib.util.MAGIC_NUMBER + bytes(12)
+        with open(descriptor, "wb", closefd=False) as file:
+            file.write(header + marshal.dumps(code))
+        ours = words.index(os.fsencode(sys.argv[0]))
+        if {b"-c", b"-m"}.intersection(words[1:ours]):
+            return  # a profiler or the like runs us
+        words[ours] = f"{DESCRIPTORS}{descriptor}".encode()
+        words[1:1] = b"-X", b"rustdesk_server.py"  # for who looks for it with ps
+        os.execv(sys.executable, words)
+    except (OSError, AttributeError, ValueError, TypeError):
+        pass
+
+
+if __name__ == "__main__":  # before anything of the file is run, and so run twice
+    if sys.argv[0].startswith(DESCRIPTORS):
+        os.close(int(sys.argv[0][len(DESCRIPTORS):]))
+    elif sys.implementation.name == "cpython" and (
+            sys.argv[1:2] in ([], ["hbbs"], ["hbbr"]) or sys.argv[1].startswith("-")):
+        start_again(sys._getframe().f_code)
+
 import argparse
 import base64
 import binascii
@@ -70,14 +112,12 @@ import ipaddress
 import itertools
 import heapq
 import json
-import os
 import re
 import select
 import selectors
 import signal
 import socket
 import struct
-import sys
 import threading
 import time
 
@@ -13984,38 +14024,6 @@ OWN_FILES = (
     OFFICIAL_STORE_FILE, SLOWED_FILE, REFUSED_FILE, CHANGES_FILE, ".env",
     ".hbbs.lock", ".hbbr.lock", *map(door_name, ("both", "hbbs", "hbbr")))
 
-#: Where a file without a name can be run from.
-DESCRIPTORS = "/proc/self/fd/"
-
-
-def start_again(code):
-    """Start this program again from its own byte code.
-
-    Compiling a file of this size leaves 20 MB behind that nothing gives back.
-    The code is put into a file without a name, so nothing is written to the
-    disk, and nobody can change what is run.  Where that cannot be (it takes
-    Linux, and /proc) the program goes on as it is.
-    """
-    import importlib.util
-    import marshal
-
-    try:
-        with open("/proc/self/cmdline", "rb") as file:
-            words = file.read().split(b"\0")[:-1]
-        descriptor = os.memfd_create("rustdesk_server", 0)
-        header = importlib.util.MAGIC_NUMBER + bytes(12)
-        with open(descriptor, "wb", closefd=False) as file:
-            file.write(header + marshal.dumps(code))
-        ours = words.index(os.fsencode(sys.argv[0]))
-        if {b"-c", b"-m"}.intersection(words[1:ours]):
-            return  # a profiler or the like runs us
-        words[ours] = f"{DESCRIPTORS}{descriptor}".encode()
-        words[1:1] = b"-X", b"rustdesk_server.py"  # for who looks for it with ps
-        os.execv(sys.executable, words)
-    except (OSError, AttributeError, ValueError, TypeError):
-        pass
-
-
 #: What output to a full disk or file, a closed terminal and a closed pipe ends in.
 OUTPUT_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIPE)
 
@@ -14051,9 +14059,4 @@ def main(arguments):
 
 
 if __name__ == "__main__":
-    if sys.argv[0].startswith(DESCRIPTORS):
-        os.close(int(sys.argv[0][len(DESCRIPTORS):]))
-    elif sys.implementation.name == "cpython" and (
-            not sys.argv[1:] or sys.argv[1] in ROLES or sys.argv[1].startswith("-")):
-        start_again(sys._getframe().f_code)
     sys.exit(main(sys.argv[1:]))
