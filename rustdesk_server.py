@@ -2248,12 +2248,20 @@ def parse_request_head(data):
         raise Refused(Refusal.BAD_HTTP, "not a request line")
     if not FIELD_LINES.fullmatch(lines):
         raise Refused(Refusal.BAD_HTTP, "not a header line")
-    headers = {}
-    for line in lines.decode("latin-1").split("\r\n")[:-1]:
-        name, _, value = line.partition(":")
-        name, value = name.lower(), value.strip(" \t")
-        headers[name] = f"{headers[name]}, {value}" if name in headers else value
+    lines = lines.decode("latin-1").split("\r\n")[:-1]
+    fields = [line.split(":", 1) for line in lines]
+    headers = {name.lower(): value.strip(" \t") for name, value in fields}
+    if len(headers) < len(fields):
+        headers = join_repeated(fields)
     return HttpRequest(words[0], words[1], headers), end + 4
+
+
+def join_repeated(fields):
+    """Headers by name, where some come more than once."""
+    headers = {}
+    for name, value in fields:
+        headers.setdefault(name.lower(), []).append(value.strip(" \t"))
+    return {name: ", ".join(values) for name, values in headers.items()}
 
 
 def http_response(status, text="", *fields, kind="text/plain"):
@@ -2324,6 +2332,7 @@ def websocket_header(size, opcode=BINARY, final=True):
     return bytes((first, 127)) + size.to_bytes(8, "big")
 
 
+@functools.lru_cache
 def close_frame(code=1000):
     """A Close frame with its status code (RFC 6455 7.4.1)."""
     return websocket_header(2, CLOSE) + code.to_bytes(2, "big")
@@ -2337,13 +2346,11 @@ def close_answer(payload):
     return close_frame(code if legal else 1002)
 
 
-#: The header of a client's frame; `end` is where its payload begins.
-FrameHeader = collections.namedtuple("FrameHeader", "final opcode size mask end")
-
-
 def parse_frame_header(data, at, in_message):
-    """The `FrameHeader` at `data[at:]`, or None if it goes on.
+    """The header of a client's frame at `data[at:]`, or None if it goes on.
 
+    Returns (whether it is the last of its message, opcode, payload size, mask, where
+    the payload begins): a plain tuple, since a named one costs as much as the rest.
     `in_message` says whether a fragmented message is open.  Refuses what RFC
     6455 5.1 to 5.5 forbids: no mask, reserved bits, unknown opcodes, long or
     fragmented control frames, continuations of nothing.
@@ -2364,7 +2371,7 @@ def parse_frame_header(data, at, in_message):
         return None
     if size > 125:
         size = int.from_bytes(data[at + 2:start], "big")
-    return FrameHeader(final, opcode, size, bytes(data[start:start + 4]), start + 4)
+    return final, opcode, size, bytes(data[start:start + 4]), start + 4
 
 
 class WebSocketFraming:
@@ -2411,16 +2418,20 @@ class WebSocketFraming:
             if header is None:
                 self.wanted = len(self.buffer) + 1
                 return None
-            size = len(self.message) + header.size
-            if size > self.max_size and header.opcode < CLOSE:
-                raise Refused(Refusal.TOO_LARGE, f"a message of {size} bytes")
-            end = header.end + header.size
+            final, opcode, size, mask, start = header
+            if opcode < CLOSE and len(self.message) + size > self.max_size:
+                raise Refused(Refusal.TOO_LARGE, (
+                    f"a message of {len(self.message) + size} bytes"))
+            end = start + size
             if len(self.buffer) < end:
                 self.wanted = end
                 return None
-            payload = bytes(unmask(self.buffer[header.end:end], header.mask))
+            payload = bytes(unmask(self.buffer[start:end], mask))
             self.at, self.wanted = end, end + 1
-            message = self.add(header, payload)
+            if final and opcode == BINARY:  # whole in one frame, as nearly all are
+                self.idle = 0
+                return payload
+            message = self.add(final, opcode, payload)
             self.idle += 1
             if message is not None:
                 self.idle = 0
@@ -2429,16 +2440,16 @@ class WebSocketFraming:
                 raise Refused(Refusal.BAD_WEBSOCKET, "so many frames and no message")
         return None
 
-    def add(self, header, payload):
+    def add(self, final, opcode, payload):
         """Take a frame in; the message that it completes, if it is a binary
         one."""
-        if header.opcode >= CLOSE:
-            self.on_control(header.opcode, payload)
+        if opcode >= CLOSE:
+            self.on_control(opcode, payload)
             return None
-        if header.opcode != CONTINUATION:
-            self.opcode = header.opcode
+        if opcode != CONTINUATION:
+            self.opcode = opcode
         self.message += payload
-        if not header.final:
+        if not final:
             return None
         message, opcode = bytes(self.message), self.opcode
         self.message, self.opcode = bytearray(), None
@@ -2451,15 +2462,17 @@ class WebSocketFraming:
         self.receive(b"")
         while not self.closed:
             header = parse_frame_header(self.buffer, self.skimmed, self.open)
-            if header is None or len(self.buffer) < header.end + header.size:
+            if header is None:
                 return
-            start, end = self.skimmed, header.end + header.size
-            if header.opcode >= CLOSE:
-                payload = bytes(unmask(self.buffer[header.end:end], header.mask))
-                self.on_control(header.opcode, payload)
-                del self.buffer[start:end]
+            final, opcode, size, mask, start = header
+            end = start + size
+            if len(self.buffer) < end:
+                return
+            if opcode >= CLOSE:
+                self.on_control(opcode, bytes(unmask(self.buffer[start:end], mask)))
+                del self.buffer[self.skimmed:end]
             else:
-                self.skimmed, self.open = end, not header.final
+                self.skimmed, self.open = end, not final
 
     def on_control(self, opcode, payload):
         """Answer a ping with a pong, a Close with a Close (RFC 6455 5.5)."""
@@ -2623,10 +2636,13 @@ class WebSocketTranslator(Translator):
     def whole_message(self, data):
         """The same of a binary message in one frame."""
         header = data[0] == WHOLE_BINARY and parse_frame_header(data, 0, False)
-        if not header or header.end + header.size != len(data):
+        if not header:
+            return None
+        _, _, size, mask, start = header
+        if start + size != len(data):
             return None
         wrap = websocket_header if self.to_websocket else frame_header
-        return wrap(header.size) + unmask(data[header.end:], header.mask)
+        return wrap(size) + unmask(data[start:], mask)
 
     def translate_into(self, out, data):
         """Append what the reader gets of frames as they come."""
@@ -2638,31 +2654,30 @@ class WebSocketTranslator(Translator):
                 at = after
                 continue
             header = parse_frame_header(data, at, self.opcode is not None)
-            whole = header is not None and (
-                header.opcode < CLOSE or header.end + header.size <= end)
-            if not whole:  # a control frame is taken as a whole
-                self.rest = bytes(data[at:])
+            if header is None or header[1] >= CLOSE and end < header[2] + header[4]:
+                self.rest = bytes(data[at:])  # a control frame is taken as a whole
                 break
-            at = header.end
-            if header.opcode >= CLOSE:
-                self.on_control(header, data[at:at + header.size])
-                at += header.size
+            final, opcode, size, mask, at = header
+            if opcode >= CLOSE:
+                self.on_control(opcode, unmask(data[at:at + size], mask))
+                at += size
             else:
-                self.on_data_header(header, out)
+                self.mask = mask
+                self.begin_frame(final, opcode, size, out)
 
-    def on_data_header(self, header, out):
+    def begin_frame(self, final, opcode, size, out):
         """A data frame begins: announce it to the reader, collect it, or skip
         it."""
-        self.opcode = header.opcode or self.opcode
-        self.incoming, self.mask, self.final = header.size, header.mask, header.final
-        self.size += header.size
+        self.opcode = opcode or self.opcode
+        self.incoming, self.final = size, final
+        self.size += size
         if self.size > MAX_MESSAGE_BYTES:
             raise Refused(Refusal.TOO_LARGE, f"a message of {self.size} bytes")
-        if not header.final and not self.to_websocket:
+        if not final and not self.to_websocket:
             self.collecting = True
         if self.opcode == BINARY and not self.collecting:
-            out.append(self.begin(header.size, header.final))
-        if not header.size:
+            out.append(self.begin(size, final))
+        if not size:
             self.end_frame(out)
 
     def pass_payload(self, data, out):
@@ -2704,13 +2719,12 @@ class WebSocketTranslator(Translator):
             self.left, self.collected = 0, bytearray()
         self.opcode, self.size, self.collecting = None, 0, False
 
-    def on_control(self, header, payload):
+    def on_control(self, opcode, payload):
         """A ping wants its pong, a Close ends the session; a pong wants
         nothing."""
-        payload = unmask(payload, header.mask)
-        if header.opcode == PING:
+        if opcode == PING:
             self.answer = websocket_header(len(payload), PONG) + payload
-        elif header.opcode == CLOSE:
+        elif opcode == CLOSE:
             self.answer, self.closed = close_answer(payload), True
 
 
@@ -4853,6 +4867,7 @@ class Attempts:
         self.by_strange_id = ExpiringTable(
             self.ATTEMPTS_SECONDS, self.KEPT_STRANGE_IDS)
         self.punch_requests = collections.deque(maxlen=self.KEPT_REQUESTS)
+        self.recent_pairs = collections.deque(maxlen=self.REPEAT_LOOKBACK)
         self.changes = ExpiringTable(self.CHANGES_SECONDS, self.KEPT_CHANGES)
 
     def count(self, word):
@@ -4878,11 +4893,13 @@ class Attempts:
 
     def note_punch(self, initiator_ip, peer_id, target_ip, now):
         """Remember who asked for whom."""
-        recent = itertools.islice(reversed(self.punch_requests), self.REPEAT_LOOKBACK)
-        for record in recent:
-            if (record.initiator_ip == initiator_ip and record.peer_id == peer_id
-                    and now - record.at < self.REPEAT_SECONDS):
+        pair = initiator_ip, peer_id
+        if pair in self.recent_pairs:
+            lately = reversed(self.punch_requests)
+            if any(record[1:3] == pair and now - record.at < self.REPEAT_SECONDS
+                   for record in itertools.islice(lately, self.REPEAT_LOOKBACK)):
                 return
+        self.recent_pairs.append(pair)
         self.punch_requests.append(PunchRecord(now, initiator_ip, peer_id, target_ip))
 
     def note_change(self, peer_id, old_ip, new_ip, now):
@@ -5021,6 +5038,11 @@ class Listener(enum.Enum):
     RELAY = "relay"  # the relay, either transport
 
     __hash__ = object.__hash__  # enumerations hash their names, in Python
+
+
+#: By their own names, as below the states of a connection: up to Python 3.11 a member
+#: costs twenty times as much when it is asked of its class.
+UDP, TCP, NAT_TEST, API, STATUS, WEBSOCKET, RELAY = Listener
 
 
 class Link:
@@ -5725,7 +5747,7 @@ class Rendezvous:
             if self.online(peer_id, now):
                 states[i >> 3] |= 0x80 >> (i & 7)
         yield Send(origin.link, OnlineResponse(states=bytes(states)))
-        if origin.listener is Listener.NAT_TEST:
+        if origin.listener is NAT_TEST:
             yield Close(origin.link)
 
     def on_http_proxy_request(self, request, origin, now):
@@ -6314,13 +6336,13 @@ class Rendezvous:
             yield Refuse(Refusal.NO_ANSWER, text, peer_id)
 
     ACCEPTS = {
-        Listener.UDP: {
+        UDP: {
             RegisterPeer: on_register_peer,
             RegisterPk: on_register_pk,
             TestNatRequest: on_udp_test,
             PunchHoleSent: on_punch_hole_sent_by_udp,
         },
-        Listener.TCP: {
+        TCP: {
             RegisterPeer: on_register_peer,
             RegisterPk: on_register_pk,
             TestNatRequest: on_test_nat_request,
@@ -6334,12 +6356,12 @@ class Rendezvous:
             HttpProxyRequest: on_http_proxy_request,
             IceCandidate: on_ice_candidate,
         },
-        Listener.NAT_TEST: {
+        NAT_TEST: {
             TestNatRequest: on_test_nat_request,
             OnlineRequest: on_online_request,
         },
     }
-    ACCEPTS[Listener.WEBSOCKET] = ACCEPTS[Listener.TCP]
+    ACCEPTS[WEBSOCKET] = ACCEPTS[TCP]
 
 
 # == 14. Relay =================================================================
@@ -6578,13 +6600,13 @@ class Relay:
             refusal = Refusal.REFUSED_ID
         link.errand = request
         if refusal is not None:
-            yield from self.turn_away(link, refusal)
-            return
-        ticket = self.ticket(request.uuid) if self.asks_tickets else None
-        if ticket is None and self.asks_tickets:
-            yield from self.wait_for_ticket(link, now)
-        else:
-            yield from self.arrive(link, ticket, now)
+            return self.turn_away(link, refusal)
+        if not self.asks_tickets:
+            return self.arrive(link, None, now)
+        ticket = self.ticket(request.uuid)
+        if ticket is None:
+            return self.wait_for_ticket(link, now)
+        return self.arrive(link, ticket, now)
 
     @property
     def policy(self):
@@ -6867,7 +6889,7 @@ class Relay:
             if session.grant(share, wants):
                 yield Resume(session)
 
-    ACCEPTS = {Listener.RELAY: {RequestRelay: on_request_relay}}
+    ACCEPTS = {RELAY: {RequestRelay: on_request_relay}}
 
 
 # == 15. Status ================================================================
@@ -7903,7 +7925,7 @@ READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 #: an error or a hang-up is both, since to read or to write tells which.
 EPOLLIN, EPOLLOUT = 1, 4
 EPOLL_MASKS = {READ: EPOLLIN, WRITE: EPOLLOUT, READ | WRITE: EPOLLIN | EPOLLOUT}
-EPOLL_EVENTS = tuple((READ if mask & ~EPOLLOUT else 0) | (WRITE if mask & ~EPOLLIN else 0)
+EPOLL_EVENTS = tuple(READ * bool(mask & ~EPOLLOUT) | WRITE * bool(mask & ~EPOLLIN)
                      for mask in range(32))
 
 
@@ -8037,8 +8059,9 @@ class EpollWaiter:
     small message takes to be passed on.
     """
 
-    #: What one turn serves at most.
-    MAX_EVENTS = 256
+    #: What one turn serves at most.  Room for more would not come from Python's own
+    #: allocator.
+    MAX_EVENTS = 40
 
     def __init__(self):
         self.epoll = select.epoll()
@@ -8076,10 +8099,12 @@ class EpollWaiter:
         """
         if seconds is not None and seconds < 0:
             seconds = 0
-        handlers, events = self.handlers, EPOLL_EVENTS
-        return [(handlers[descriptor], events[mask])
-                for descriptor, mask in self.epoll.poll(seconds, self.MAX_EVENTS)
-                if descriptor in handlers]
+        ready, find = [], self.handlers.get
+        for descriptor, mask in self.epoll.poll(seconds, self.MAX_EVENTS):
+            handler = find(descriptor)
+            if handler is not None:
+                ready.append((handler, EPOLL_EVENTS[mask]))
+        return ready
 
 
 class PortableWaiter:
@@ -8268,7 +8293,7 @@ TICKETS_GREETING = b"RUSTDESK-TICKETS 1\n"
 CONNECTING = (0, errno.EINPROGRESS, errno.EWOULDBLOCK)
 
 #: Listeners that speak plain HTTP only.
-NO_WEBSOCKET = (Listener.API, Listener.STATUS)
+NO_WEBSOCKET = (API, STATUS)
 
 PRINTABLE = bytes(range(32, 127)) + b"\t\r\n"
 #: A connection that begins with another byte can only be spoken frames to.
@@ -8292,6 +8317,10 @@ class State(enum.Enum):
     CLOSED = "closed"  # no socket any more
 
 
+(FRESH, COMMAND, SHAKING, HEAD, BODY, FRAMED, WAITING, TICKETS, PAIRED, ENDING,
+ CLOSED) = State
+
+
 class ListeningSocket(socket.socket):
     """A socket that knows its family and type by heart: `accept` asks for them
     each time, and to make enumerations of them is a fifth of its 6 us."""
@@ -8313,6 +8342,9 @@ class StreamListener:
         self.listener = listener
         self.has_console = name in ("nat-test", "relay")
         self.offers_key = name == "rendezvous"
+        #: How long a new connection may be silent.
+        self.patience = (server.relay_patience if listener is RELAY
+                         else server.first_patience)
         self.address = address_of(sock.getsockname())
         server.loop.watch(sock, READ, self.on_events)
 
@@ -8624,10 +8656,10 @@ class Connection(Link):
         self.tickets = None  # the `TicketReceiver` of an ID server's connection
         self.is_stranger = True  # until it has said something valid
         server.crowd.enter(self)
-        self.patience = server.first_frame_patience(entrance.listener)
+        self.patience = entrance.patience  # a table of deadlines
         self.patience.put(self, None, server.loop.now)
         self.on_writable = self.flush
-        self.become(State.FRESH, self.read_first)
+        self.become(FRESH, self.read_first)
         self.interest = READ
         server.loop.watch(sock, READ, self.on_events)
         if entrance.offers_key:
@@ -8667,26 +8699,31 @@ class Connection(Link):
 
     def on_events(self, events):
         """The socket is ready."""
+        if events & self.interest == READ:  # nearly always
+            self.on_readable()
+            return
         if events & WRITE & self.interest:
             self.on_writable()
-        if events & READ & self.interest:
+        if events & READ & self.interest:  # which may have changed by now
             self.on_readable()
 
     def attach(self, reader, writer):
         """From now on a session's pipes read and write for this connection."""
         if self.patience is not None:
             self.be_patient(None)
-        self.become(State.PAIRED, reader)
+        self.become(PAIRED, reader)
         self.on_writable = writer
-        self.pending, self.framing, self.taker = b"", None, None
+        self.pending = b""
+        self.framing = self.taker = None
         if self.held:
             self.account()
-        self.watch(READ)
+        if self.interest != READ:
+            self.watch(READ)
 
     def is_alive(self):
         """Whether its other end has not hung up, as far as the kernel
         knows."""
-        if self.state is not State.WAITING:
+        if self.state is not WAITING:
             return False
         try:
             return self.tls or self.socket.recv(1, PEEK) != b""
@@ -8727,26 +8764,26 @@ class Connection(Link):
                 f"{self.address} wants TLS, but --tls-cert names no certificate"))
             self.close()
         elif data.startswith(HTTP_METHODS):
-            self.start(State.HEAD, self.on_head_bytes, data)
+            self.start(HEAD, self.on_head_bytes, data)
         elif len(data) < 8 and any(method.startswith(data) for method in HTTP_METHODS):
             self.pending = data
-        elif self.listener is Listener.RELAY and self.server.ticket_secret and (
+        elif self.listener is RELAY and self.server.ticket_secret and (
                 TICKETS_GREETING.startswith(data[:len(TICKETS_GREETING)])):
-            self.start(State.TICKETS, self.on_ticket_bytes, data)
+            self.start(TICKETS, self.on_ticket_bytes, data)
         elif self.may_be_command(data):
-            self.start(State.COMMAND, self.on_command_bytes, data)
+            self.start(COMMAND, self.on_command_bytes, data)
         else:
             self.start_frames(data)
 
     def start_frames(self, data):
         """RustDesk's own frames come."""
         self.framing = LengthFraming(*self.frame_limits)
-        self.start(State.FRAMED, self.on_frame_bytes, data)
+        self.start(FRAMED, self.on_frame_bytes, data)
 
     @property
     def frame_limits(self):
         """The largest frame, and whether address books may be larger."""
-        if self.listener is Listener.RELAY:
+        if self.listener is RELAY:
             return MAX_RELAY_REQUEST_BYTES, False
         return MAX_FRAME_BYTES, True
 
@@ -8799,7 +8836,7 @@ class Connection(Link):
         self.watch(self.interest & ~READ)
         delay = LOOK_AGAIN_SECONDS * 2 ** self.looks
         self.looks += 1
-        self.server.loop.later(delay, lambda: self.state is State.FRESH
+        self.server.loop.later(delay, lambda: self.state is FRESH
                                and self.watch(self.interest | READ))
 
     def on_proxy_bytes(self, data):
@@ -8845,7 +8882,7 @@ class Connection(Link):
             return
         self.socket.on_more = self.read_again
         self.tls = True
-        self.become(State.SHAKING, self.shake_hands)
+        self.become(SHAKING, self.shake_hands)
         self.on_writable = self.shake_hands
         self.shake_hands()
 
@@ -8861,7 +8898,7 @@ class Connection(Link):
             self.watch(wanted)
             return
         self.on_writable = self.flush
-        self.become(State.FRESH, self.read_first)
+        self.become(FRESH, self.read_first)
         self.watch(0)
         self.watch(READ)
 
@@ -8871,8 +8908,7 @@ class Connection(Link):
 
         While a peer at this address is called it may only be slow to answer.
         """
-        if self.state is not State.FRESH or self.pending or self.listener is not (
-                Listener.TCP):
+        if self.state is not FRESH or self.pending or self.listener is not TCP:
             return
         if not at_last and self.server.is_called(self.address.ip):
             more = KEY_EXCHANGE_CALLED_SECONDS - KEY_EXCHANGE_DELAY_SECONDS
@@ -8896,10 +8932,10 @@ class Connection(Link):
     def on_nothing(self, data):
         """There was nothing to read (None), or the other side has ended (b"") and
         with it the command that it was typing."""
-        if data is not None and self.state is State.COMMAND:
+        if data is not None and self.state is COMMAND:
             self.answer_command()
         elif data is not None:
-            if self.channel is not None and self.state is State.FRESH:
+            if self.channel is not None and self.state is FRESH:
                 self.server.refuse(Refusal.SECURE_FAILED, (
                     f"{self.address} was shown our signature and hung up: it has the "
                     "key of another server, or looks only whether the port is open"))
@@ -8910,22 +8946,23 @@ class Connection(Link):
         reads."""
         framing = self.framing
         framing.receive(data)
-        while self.state is State.FRAMED:
+        while self.state is FRAMED:
             payload = framing.take()
             if payload is None:
                 break
-            if self.listener is Listener.RELAY:
-                self.start(State.WAITING, self.on_early_bytes)
+            if self.listener is RELAY:
+                self.start(WAITING, self.on_early_bytes)
             elif self.patience is not None and payload:
                 self.be_patient(self.server.next_patience)
-            self.served = self.served or bool(payload)
+            if payload:
+                self.served = True
             if self.channel is not None:
                 payload = self.channel.open(payload)
             self.server.on_frame(self, payload)
-        if self.state is State.WAITING:
+        if self.state is WAITING:
             self.be_patient(None)  # the relay itself counts its time
-        if self.is_websocket and self.state in (State.FRAMED, State.WAITING):
-            if self.state is State.WAITING:
+        if self.is_websocket and self.state in (FRAMED, WAITING):
+            if self.state is WAITING:
                 framing.skim()
             self.answer_control(framing)
         if self.framing is not None and (self.held or self.framing.pending):
@@ -8969,9 +9006,6 @@ class Connection(Link):
         """Our half has ended; what comes means nothing until the other side ends
         too."""
 
-    def read_nothing(self):
-        """There is nothing to be read any more."""
-
     # -- tickets ---------------------------------------------------------------
 
     def on_ticket_bytes(self, data):
@@ -9014,7 +9048,7 @@ class Connection(Link):
         request, size = found
         if self.entrance.listener in NO_WEBSOCKET or not wants_websocket(request):
             rest = self.pending[size:]
-            self.start(State.BODY, self.on_body_bytes)
+            self.start(BODY, self.on_body_bytes)
             self.body, self.pending = request.body_size, self.plain_answer(request)
             if request.method == "HEAD":  # RFC 9110 9.3.2
                 self.pending = self.pending.partition(b"\r\n\r\n")[0] + b"\r\n\r\n"
@@ -9030,7 +9064,7 @@ class Connection(Link):
         self.write(response)
         if not accepted:
             self.end()
-        elif self.state is State.HEAD:
+        elif self.state is HEAD:
             self.become_websocket(self.pending[size:])
 
     def on_body_bytes(self, data):
@@ -9045,9 +9079,9 @@ class Connection(Link):
         """The response to a request that wants no WebSocket."""
         if request.path == "/healthz":
             return http_response("200 OK", self.server.health())
-        if self.entrance.listener is Listener.STATUS:
+        if self.entrance.listener is STATUS:
             return self.server.status.respond(request)
-        if self.entrance.listener is Listener.API:
+        if self.entrance.listener is API:
             return http_response("404 Not Found")
         self.server.refuse(Refusal.BAD_HTTP, f"{self.address} wants no WebSocket")
         text = "this is a RustDesk server: WebSocket and RustDesk clients only"
@@ -9057,9 +9091,9 @@ class Connection(Link):
         """Let the path decide the role; whether there is that role here."""
         path = path.partition("?")[0].rstrip("/")
         if path == "/ws/id":
-            self.listener = Listener.TCP
+            self.listener = TCP
         elif path == "/ws/relay":
-            self.listener = Listener.RELAY
+            self.listener = RELAY
         return self.listener in self.server.accepts
 
     def find_client(self, request):
@@ -9079,10 +9113,10 @@ class Connection(Link):
     def become_websocket(self, rest):
         """The handshake is done: messages follow."""
         self.is_websocket = True
-        if self.listener is not Listener.RELAY:
-            self.listener = Listener.WEBSOCKET
+        if self.listener is not RELAY:
+            self.listener = WEBSOCKET
         self.framing = WebSocketFraming(*self.frame_limits)
-        self.start(State.FRAMED, self.on_frame_bytes, rest)
+        self.start(FRAMED, self.on_frame_bytes, rest)
 
     # -- text commands ---------------------------------------------------------
 
@@ -9112,7 +9146,7 @@ class Connection(Link):
 
     def answer_command(self):
         """Reply and end."""
-        if self.state is State.COMMAND:
+        if self.state is COMMAND:
             words = self.pending.decode("ascii").split()
             self.write(self.server.on_command(self, words).encode("utf-8"))
             self.end()
@@ -9122,7 +9156,7 @@ class Connection(Link):
     def send_payload(self, payload):
         """Send a payload as one frame or message, while there is a way to do
         it."""
-        if self.framing is not None and self.state in (State.FRAMED, State.WAITING):
+        if self.framing is not None and self.state in (FRAMED, WAITING):
             if self.channel is not None:
                 payload = self.channel.seal(payload)
             self.write(self.framing.wrap(payload))
@@ -9139,12 +9173,14 @@ class Connection(Link):
             except OSError:
                 self.close()
                 return
-            self.unsent = bytearray() if data else b""  # grows without being copied
+            if not data:
+                return
+            self.unsent = bytearray()  # grows without being copied
         self.unsent += data
         if len(self.unsent) > MAX_UNSENT_BYTES:
             self.server.refuse(Refusal.SLOW_READER, str(self.address))
             self.close()
-        elif self.unsent:
+        else:
             self.watch(self.interest | WRITE)
             self.account()
 
@@ -9155,7 +9191,7 @@ class Connection(Link):
         self.write(data)
         if self.held and not self.unsent:
             self.account()
-        if self.state is State.ENDING and not self.unsent:
+        if self.state is ENDING and not self.unsent:
             self.shut_down()
 
     # -- ending ----------------------------------------------------------------
@@ -9164,7 +9200,7 @@ class Connection(Link):
         """The other side sent what cannot be served: say so if we can, and
         end."""
         self.server.refuse(refused.refusal, f"{self.address}: {refused.detail}")
-        if self.state is State.HEAD:
+        if self.state is HEAD:
             self.write(http_response("400 Bad Request", refused.detail))
         elif self.is_websocket and self.framing is not None:
             self.framing.closed = True
@@ -9178,9 +9214,9 @@ class Connection(Link):
         `then` is called when it has ended, or soon; `survives` gives it more
         time.
         """
-        if self.framing is not None and self.state is not State.ENDING:
+        if self.framing is not None and self.state is not ENDING:
             self.write(self.framing.farewell())
-        if self.state is State.CLOSED:
+        if self.state is CLOSED:
             if then is not None:
                 then()
             return
@@ -9190,7 +9226,7 @@ class Connection(Link):
         if self.then is not None:
             self.timer = self.server.loop.later(HANG_UP_SECONDS, self.close)
         self.be_patient(self.server.survivors if survives else self.server.endings)
-        self.start(State.ENDING, self.throw_away)
+        self.start(ENDING, self.throw_away)
         self.on_writable = self.flush
         self.watch(self.interest | READ)
         if not self.unsent:
@@ -9205,27 +9241,29 @@ class Connection(Link):
 
     def close(self):
         """End at once; the role forgets the link, and `then` is done."""
-        if self.state is State.CLOSED:
+        if self.state is CLOSED:
             return
         self.interest = 0
         self.server.loop.forget(self.socket)
         self.socket.close()
         self.ended = True
-        self.become(State.CLOSED, self.read_nothing)
-        self.be_patient(None)
+        self.become(CLOSED, None)
+        if self.patience is not None:
+            self.patience.discard(self)
+            self.patience = None
         self.server.crowd.leave(self)
+        self.is_stranger = False
         if self.timer is not None:
             self.timer.cancel()
-        then, self.then, self.timer, self.socket = self.then, None, None, None
-        self.on_writable, self.framing = self.read_nothing, None
         if self.proxied:
             self.server.pseudo_addresses.discard(self.address)
+        then, self.then = self.then, None
+        # Methods of its own as well, or it would refer to itself.
+        self.timer = self.socket = self.framing = self.on_writable = self.taker = None
         self.pending = self.unsent = b""
         if self.held:
             self.account()
         self.server.on_closed(self)
-        # Or it would refer to itself.
-        self.on_readable = self.on_writable = self.taker = None
         if then is not None:
             then()
 
@@ -9902,7 +9940,7 @@ class Server:
         self.rendezvous = Rendezvous(
             self.config, key, self.store, self.attempts, self.limits, os.urandom)
         self.find_local_relay()
-        self.consoles[Listener.NAT_TEST] = RendezvousConsole(
+        self.consoles[NAT_TEST] = RendezvousConsole(
             self.rendezvous, self.utc, self.change_by_console)
         self.take_handlers(self.rendezvous)
         self.relay_watch = RelayWatch(self)
@@ -9929,7 +9967,7 @@ class Server:
         lists = [self.read_addresses(name) for name in (SLOWED_FILE, REFUSED_FILE)]
         self.relay = Relay(
             self.config, key, self.attempts, self.limits, *lists, self.loop.now)
-        self.consoles[Listener.RELAY] = RelayConsole(
+        self.consoles[RELAY] = RelayConsole(
             self.relay, self.change_by_console, self.edit_by_console)
         self.take_handlers(self.relay)
         check_ticket_secret(self.config, self.role, self.ticket_secret)
@@ -9978,7 +10016,7 @@ class Server:
         Where there are too many, the oldest stranger makes room for it.
         """
         if self.limits.rules.refuses_address(address.ip) or (
-                listener is Listener.RELAY and not self.relay.admits_address(address)):
+                listener is RELAY and not self.relay.admits_address(address)):
             self.refuse(Refusal.REFUSED_ADDRESS, str(address))
             return False
         excess, stranger = self.crowd.excess(place)
@@ -10026,12 +10064,6 @@ class Server:
             self.current_exchange_key = ExchangeKey(key, os.urandom, now)
         return self.current_exchange_key
 
-    def first_frame_patience(self, listener):
-        """How long a new connection may be silent."""
-        if listener is Listener.RELAY:
-            return self.relay_patience
-        return self.first_patience
-
     def on_datagram(self, datagram, sockaddr, client=None):
         """A datagram that is no renewal; answers go to `sockaddr`."""
         address = address_of(client or sockaddr)
@@ -10042,11 +10074,11 @@ class Server:
             return
         try:
             message = decode_message(datagram)
-            handler = self.accepts[Listener.UDP].get(type(message))
+            handler = self.accepts[UDP].get(type(message))
             if handler is None:
                 self.attempts.count(Refusal.NOT_ACCEPTED_HERE.value)
                 return
-            origin = Origin(Listener.UDP, address, None, sockaddr, datagram)
+            origin = Origin(UDP, address, None, sockaddr, datagram)
             self.perform(handler(message, origin, self.loop.now))
         except Refused as refused:
             self.refuse(refused.refusal, f"datagram from {address}: {refused.detail}")
@@ -10055,7 +10087,7 @@ class Server:
         """A frame of a link: decode it and let its role answer; may raise
         Refused."""
         message = decode_message(payload)
-        if type(message) is KeyExchange and link.listener is Listener.TCP:
+        if type(message) is KeyExchange and link.listener is TCP:
             link.agree(message)
             self.attempts.count("secured")
             return
@@ -10070,7 +10102,7 @@ class Server:
 
     def on_unaccepted(self, link, message, payload):
         """An empty frame, or a message that this listener does not take."""
-        if link.listener is Listener.RELAY:
+        if link.listener is RELAY:
             raise Refused(Refusal.NO_RELAY_REQUEST, "the first frame was another")
         if not payload and link.errand is not None:
             self.rendezvous.on_empty_frame(link, self.loop.now)
@@ -10086,7 +10118,7 @@ class Server:
             self.refuse(Refusal.NOT_ACCEPTED_HERE, text)
             link.strange += 1
         if (link.strange >= self.limits.strange_messages
-                or link.listener in (Listener.NAT_TEST, *NO_WEBSOCKET)):
+                or link.listener in (NAT_TEST, *NO_WEBSOCKET)):
             link.end()
 
     def on_command(self, link, words):
@@ -10109,7 +10141,7 @@ class Server:
         if isinstance(link.errand, Session):
             self.end_session(link.errand, "broken", link)
         elif link.errand is not None:
-            role = self.relay if link.listener is Listener.RELAY else self.rendezvous
+            role = self.relay if link.listener is RELAY else self.rendezvous
             self.perform(role.on_link_closed(link, self.loop.now))
 
     # -- what is done ----------------------------------------------------------
@@ -10570,19 +10602,19 @@ class Ports:
         if self.server.rendezvous is not None:
             port = self.config.port
             port = RENDEZVOUS_PORT if port is None else port
-            main = self.listen(port, "rendezvous", Listener.TCP)
+            main = self.listen(port, "rendezvous", TCP)
             self.listen_for_datagrams(main.address.port)
             nat_port = port and port + NAT_TEST_OFFSET
-            self.listen(nat_port, "nat-test", Listener.NAT_TEST)
+            self.listen(nat_port, "nat-test", NAT_TEST)
             web_port = port and port + WEBSOCKET_OFFSET
-            self.listen(web_port, "rendezvous-websocket", Listener.TCP)
+            self.listen(web_port, "rendezvous-websocket", TCP)
             self.listen_for_api(port)
         if self.server.relay is not None:
             port = self.relay_port()
-            self.listen(port, "relay", Listener.RELAY)
+            self.listen(port, "relay", RELAY)
             web_port = port and port + WEBSOCKET_OFFSET
-            self.listen(web_port, "relay-websocket", Listener.RELAY)
-        default = Listener.RELAY if self.server.rendezvous is None else Listener.TCP
+            self.listen(web_port, "relay-websocket", RELAY)
+        default = RELAY if self.server.rendezvous is None else TCP
         for ip, port in self.config.listen:
             self.listen(port, "added", default, ip, "--listen")
         self.listen_for_status()
@@ -10593,13 +10625,13 @@ class Ports:
         places = config.status_listen
         if places is None:
             try:
-                self.listen(0 if config.port == 0 else port, "status", Listener.STATUS,
+                self.listen(0 if config.port == 0 else port, "status", STATUS,
                             "127.0.0.1", "--status-listen")
             except Trouble as trouble:
                 self.server.warn(f"no status page: {trouble}")
         check_status_token(config)
         for ip, port in places or ():
-            self.listen(port, "status", Listener.STATUS, ip, "--status-listen")
+            self.listen(port, "status", STATUS, ip, "--status-listen")
 
     def listen_for_api(self, port):
         """Answer web API requests with 404, unless an API server is there."""
@@ -10609,7 +10641,7 @@ class Ports:
         if api_port < 0:
             return
         try:
-            self.listen(api_port, "api", Listener.API, flag="--api-port")
+            self.listen(api_port, "api", API, flag="--api-port")
         except Trouble as trouble:
             self.server.warn(f"{trouble}; if that is an API server, --api-port off "
                              "ends this warning")
