@@ -1104,7 +1104,7 @@ def whole(path):
         compile(text, path, "exec")
     except SyntaxError as error:
         sys.exit(str(error))
-    if not version or "\nif __name__ == " not in text:
+    if not version or "\n    sys.exit(main(sys.argv[1:]))" not in text:
         sys.exit("it is not a whole rustdesk_server.py")
     print(version.group(1))
 

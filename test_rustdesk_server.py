@@ -1541,7 +1541,7 @@ PYTHON3_LIGHT_LACKS = (
     "unicodedata", "lzma", "_lzma", "readline",
 )
 
-#: Runs a file as if the named modules were not installed.
+#: Runs a file as if the named modules, or things in modules, were not there.
 LAUNCHER = """
 import runpy, sys, warnings
 warnings.filterwarnings("ignore", "The _hashlib module")  # PyPy says so
@@ -1553,6 +1553,8 @@ class Blocker:
 sys.meta_path.insert(0, Blocker())
 for name in [name for name in sys.modules if name.partition(".")[0] in blocked]:
     del sys.modules[name]
+for module, _, lost in [name.partition(".") for name in blocked if "." in name]:
+    delattr(__import__(module), lost)
 del sys.argv[:2]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -9727,6 +9729,103 @@ def test_log_file_that_cannot_be_renamed_is_written_on(tmp_path, monkeypatch):
         "line 0", "line 1", "line 2"]
 
 
+WAITERS = [rustdesk_server.PortableWaiter]
+if hasattr(select, "epoll") and sys.implementation.name == "cpython":
+    WAITERS.append(rustdesk_server.EpollWaiter)
+READ, WRITE = rustdesk_server.READ, rustdesk_server.WRITE
+
+
+@pytest.fixture(params=WAITERS)
+def waiter(request):
+    return request.param()
+
+
+def test_waiter_tells_whose_socket_is_ready_and_for_what(waiter):
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        waiter.register(ours, READ, "reader")
+        assert waiter.wait(0) == waiter.wait(-1.0) == []
+        theirs.send(b"x")
+        assert waiter.wait(None) == [("reader", READ)]
+        waiter.modify(ours, READ | WRITE, "both")
+        assert waiter.wait(5.0) == [("both", READ | WRITE)]
+        waiter.modify(ours, WRITE, "writer")
+        assert waiter.wait(5.0) == [("writer", WRITE)]
+        waiter.unregister(ours)
+        assert waiter.wait(0.01) == []
+        waiter.register(ours, READ, "again")
+        assert waiter.wait(5.0) == [("again", READ)]
+
+
+def test_waiter_wakes_who_writes_when_the_other_end_is_gone(waiter):
+    ours, theirs = socket.socketpair()
+    with ours:
+        fill(ours)
+        waiter.register(ours, WRITE, "writer")
+        assert waiter.wait(0.01) == []
+        theirs.close()
+        ((handler, events),) = waiter.wait(5.0)
+        assert handler == "writer" and events & WRITE
+
+
+def fill(sock):
+    """Send until nothing more is taken."""
+    sock.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            sock.send(bytes(65536))
+
+
+def test_waiter_forgets_what_is_closed_and_its_number_serves_another(waiter):
+    ours, theirs = socket.socketpair()
+    with theirs:
+        waiter.register(ours, READ, "first")
+        number = ours.fileno()
+        theirs.send(b"x")
+        waiter.forget(ours)
+        assert waiter.wait(0.01) == []
+        waiter.forget(ours)  # once more, and it is no fault
+        ours.close()
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        assert number in (ours.fileno(), theirs.fileno())
+        for sock in ours, theirs:
+            waiter.register(sock, READ, sock)
+            assert waiter.wait(0) == []
+        theirs.send(b"x")
+        assert waiter.wait(5.0) == [(ours, READ)]
+        waiter.forget(ours)
+        waiter.forget(theirs)
+
+
+@pytest.mark.parametrize("kind", WAITERS)
+def test_handler_of_a_socket_that_was_closed_in_this_turn_gets_no_others_event(kind):
+    """Both are ready; whichever comes first closes the other, whose number a third
+    socket then has."""
+    loop, called, faults = rustdesk_server.Loop(lambda: None, print), [], []
+    loop.waiter, loop.on_fault = kind(), lambda *fault: faults.append(fault)
+    pairs = [socket.socketpair() for _ in range(2)]
+    thirds = []
+
+    def handler(name, other):
+        def on_events(events):
+            called.append(name)
+            loop.forget(other)
+            other.close()
+            thirds.extend(socket.socketpair())
+            loop.watch(thirds[0], READ, lambda events: called.append("third"))
+            loop.later(0.0, loop.stop)
+        return on_events
+
+    for name, (ours, theirs), (other, _) in ("a", *pairs), ("b", *pairs[::-1]):
+        loop.watch(ours, READ, handler(name, other))
+        theirs.send(b"x")
+    loop.run()
+    assert "third" not in called and called[0] in "ab"
+    for sock in {*itertools.chain(*pairs), *thirds}:
+        sock.close()
+
+
 def test_result_that_cannot_be_used_keeps_no_other_from_being_told():
     told, faults = [], []
     loop = rustdesk_server.Loop(lambda: None, lambda *fault: faults.append(fault))
@@ -9931,6 +10030,15 @@ def test_every_python_that_is_here_serves_whole_sessions():
         python = python_here(f"python3.{minor}")
         if python:
             serve_whole_sessions(SERVER_FILE, [python])
+
+
+@pytest.mark.skipif(not hasattr(select, "epoll"), reason="it has none anyway")
+def test_system_without_epoll_is_served_by_what_it_has(tmp_path):
+    with ServerProcess(blocked=("select.epoll",)) as server:
+        with LivePeer(server) as peer:
+            dial_and_converse(Initiator(server), peer, "direct")
+            dial_and_converse(Initiator(server, transport="ws"), peer, "relay")
+            dial_and_converse(Initiator(server, force_relay=True), peer, "relay")
 
 
 def test_two_processes_with_one_directory_serve_a_session():
