@@ -6699,7 +6699,9 @@ class Relay:
             yield Close(partner)  # it left in the very moment that this one came
             partner = None
         if partner is None:
-            yield from self.wait(link, now)
+            unwanted = self.wait(link, now)
+            if unwanted is not None:
+                yield from self.turn_away(unwanted, Refusal.TOO_MANY_RELAY_LINKS)
             return
         refusal = self.pair_refusal(partner, link, ticket)
         if refusal is not None:
@@ -6727,12 +6729,11 @@ class Relay:
         return None
 
     def wait(self, link, now):
-        """Let a link wait for its partner."""
-        unwanted = link
-        if self.waiting.at.get(link.place, 0) < self.limits.relay_links_per_address:
-            unwanted = self.waiting.add(link.errand.uuid, link, now)
-        if unwanted is not None:
-            yield from self.turn_away(unwanted, Refusal.TOO_MANY_RELAY_LINKS)
+        """Let a link wait for its partner; returns the one that must not, or not any
+        more, or None."""
+        if self.waiting.at.get(link.place, 0) >= self.limits.relay_links_per_address:
+            return link
+        return self.waiting.add(link.errand.uuid, link, now)
 
     def pair(self, first, second, ticket, now):
         """Both ends are there: from now on they belong to a session."""
@@ -8352,6 +8353,7 @@ class StreamListener:
 
     def on_events(self, events):
         """Accept what has come, but let other work have its turn."""
+        server = self.server
         for _ in range(ACCEPT_BATCH):
             try:
                 sock, sockaddr = self.socket.accept()
@@ -8361,11 +8363,11 @@ class StreamListener:
                 self.rest(error)
                 return
             address = address_of(sockaddr)
-            place = self.server.limits.place(address.ip)
-            if self.server.admits(self.listener, address, place):
+            place = server.limits.place(address.ip)
+            if server.admits(self.listener, address, place):
                 if not DONT_WAIT:
                     sock.setblocking(False)
-                Connection(self.server, sock, address, place, self)
+                Connection(server, sock, address, place, self)
             else:
                 sock.close()
 
@@ -8701,13 +8703,16 @@ class Connection(Link):
 
     def on_events(self, events):
         """The socket is ready."""
-        if events & self.interest == READ:  # nearly always
-            self.on_readable()
-            return
-        if events & WRITE & self.interest:
-            self.on_writable()
-        if events & READ & self.interest:  # which may have changed by now
-            self.on_readable()
+        try:
+            if events & self.interest == READ:  # nearly always
+                self.on_readable()
+                return
+            if events & WRITE & self.interest:
+                self.on_writable()
+            if events & READ & self.interest:  # which may have changed by now
+                self.on_readable()
+        except Refused as refused:
+            self.refuse(refused)
 
     def attach(self, reader, writer):
         """From now on a session's pipes read and write for this connection."""
@@ -8791,27 +8796,20 @@ class Connection(Link):
 
     def start(self, state, taker, data=b""):
         """Enter a state, in which `taker` gets the bytes that have come and will
-        come."""
+        come; it may raise Refused."""
         self.taker = taker
         self.become(state, self.read)
         self.pending = b""
         if data:
-            self.take_in(data)
+            taker(data)
 
     def read(self):
         """Something has come: bytes, or the end."""
         data = self.receive()
         if data:
-            self.take_in(data)
+            self.taker(data)
         else:
             self.on_nothing(data)
-
-    def take_in(self, data):
-        """Treat bytes as the state demands."""
-        try:
-            self.taker(data)
-        except Refused as refused:
-            self.refuse(refused)
 
     def look_ahead(self):
         """Whether what has come is a proxy's header or TLS, and was treated as
@@ -8845,11 +8843,7 @@ class Connection(Link):
         """Whether a trusted proxy's header has come or is coming; take it
         in."""
         kind = is_proxy_header(data)
-        try:
-            found = parse_proxy_header(data) if kind else None
-        except Refused as refused:
-            self.refuse(refused)
-            return True
+        found = parse_proxy_header(data) if kind else None
         if kind is not False and found is None:
             self.look_again()
         elif kind:
