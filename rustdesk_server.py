@@ -1906,6 +1906,7 @@ def address_of(sockaddr):
     return Address(ip, sockaddr[1])
 
 
+@functools.lru_cache(maxsize=4096)
 def packed_ip(ip):
     """The 4 or 16 octets of a normalised IP text."""
     if ":" in ip:
@@ -3049,10 +3050,12 @@ class ServerKey:
     def fault_of(self, licence_key):
         """What is wrong with the key that a client presented: a `Refusal`, or
         None."""
-        if not self.required or any(
-                hmac.compare_digest(licence_key.encode(), key.encode())
-                for key in (self.required, *self.accepted)):
+        if not self.required:
             return None
+        presented = licence_key.encode()
+        for key in (self.required, *self.accepted):
+            if hmac.compare_digest(presented, key.encode()):
+                return None
         return name_wrong_key(licence_key)
 
     def vouches(self, licence_key):
@@ -6593,9 +6596,8 @@ class Relay:
         """One end of a session: wait for the other, or pair with it."""
         link = origin.link
         refusal = None if usable_session_uuid(request.uuid) else Refusal.NO_SESSION_UUID
-        fault = self.key.fault_of(request.licence_key)
-        if fault is not None and self.policy == "require":
-            refusal = fault
+        if self.policy == "require":
+            refusal = self.key.fault_of(request.licence_key) or refusal
         if request.id and self.limits.rules.refuses_id(request.id):
             refusal = Refusal.REFUSED_ID
         link.errand = request
@@ -6689,11 +6691,8 @@ class Relay:
         if refusal is not None:
             yield from self.turn_away(link, refusal)
             return
-        fault = self.key.fault_of(request.licence_key)
-        if fault is not None and self.policy == "warn":
-            whose = towards(request) or (f" for {ticket.peer_id!a}" if ticket else "")
-            yield Tolerate(fault, f"relay link from {link.address}{whose}",
-                           self.peer_of(request))
+        if self.policy == "warn":
+            yield from self.tolerate(link, ticket)
         partner = self.waiting.discard(request.uuid)
         if partner is not None and not partner.is_alive():
             yield Close(partner)  # it left in the very moment that this one came
@@ -6711,6 +6710,15 @@ class Relay:
         if ticket is not None:
             ticket.used = True
         yield from self.pair(partner, link, ticket, now)
+
+    def tolerate(self, link, ticket):
+        """Report a link that has another key than it should."""
+        request = link.errand
+        fault = self.key.fault_of(request.licence_key)
+        if fault is not None:
+            whose = towards(request) or (f" for {ticket.peer_id!a}" if ticket else "")
+            yield Tolerate(fault, f"relay link from {link.address}{whose}",
+                           self.peer_of(request))
 
     def pair_refusal(self, first, second, ticket):
         """Why two links are not paired, or None.
