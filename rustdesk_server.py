@@ -8124,8 +8124,9 @@ class PortableWaiter:
         self.unregister = self.selector.unregister
 
     def forget(self, sock):
-        """Wait no more for a socket that is about to be closed, if it is waited for."""
-        if sock in self.selector.get_map():
+        """The same for one that is about to be closed, or was; it need not be waited
+        for."""
+        with contextlib.suppress(KeyError, ValueError):
             self.selector.unregister(sock)
 
     def wait(self, seconds):

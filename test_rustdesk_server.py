@@ -9798,6 +9798,15 @@ def test_waiter_forgets_what_is_closed_and_its_number_serves_another(waiter):
         waiter.forget(theirs)
 
 
+def test_waiter_forgets_what_was_closed_already(waiter):
+    """As TLS leaves the socket of a client that is gone when it is to begin."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        ours.close()
+        waiter.forget(ours)
+        assert waiter.wait(0.01) == []
+
+
 @pytest.mark.parametrize("kind", WAITERS)
 def test_handler_of_a_socket_that_was_closed_in_this_turn_gets_no_others_event(kind):
     """Both are ready; whichever comes first closes the other, whose number a third
