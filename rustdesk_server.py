@@ -4870,6 +4870,7 @@ class Attempts:
         self.by_strange_id = ExpiringTable(
             self.ATTEMPTS_SECONDS, self.KEPT_STRANGE_IDS)
         self.punch_requests = collections.deque(maxlen=self.KEPT_REQUESTS)
+        # Of the last requests, (initiator_ip, peer_id): quicker to be looked through.
         self.recent_pairs = collections.deque(maxlen=self.REPEAT_LOOKBACK)
         self.changes = ExpiringTable(self.CHANGES_SECONDS, self.KEPT_CHANGES)
 
@@ -7922,9 +7923,9 @@ def setup_picture(text):
 
 # == 16. Event loop ============================================================
 #
-# What turns: a log, timers, the selector loop, and one worker thread for what
-# blocks (the disk's fdatasync, names).  Nothing here knows what the bytes
-# mean.
+# What turns: a log, timers, the loop and what it waits for sockets by, and one
+# worker thread for what blocks (the disk's fdatasync, names).  Nothing here
+# knows what the bytes mean.
 #
 # Uses: Constants, Frames and addresses.
 
@@ -8124,8 +8125,8 @@ class PortableWaiter:
         self.unregister = self.selector.unregister
 
     def forget(self, sock):
-        """The same for one that is about to be closed, or was; it need not be waited
-        for."""
+        """Wait no more for a socket that is about to be closed, or was, if it is
+        waited for."""
         with contextlib.suppress(KeyError, ValueError):
             self.selector.unregister(sock)
 
@@ -8166,7 +8167,8 @@ class Loop:
             self.waiter.modify(sock, events, handler)
 
     def forget(self, sock):
-        """Watch a socket no more, if it was watched, that is about to be closed."""
+        """Watch a socket no more, if it was watched, that is about to be closed, or
+        was."""
         self.waiter.forget(sock)
 
     def later(self, seconds, action):
@@ -8352,7 +8354,7 @@ class StreamListener:
         self.listener = listener
         self.has_console = name in ("nat-test", "relay")
         self.offers_key = name == "rendezvous"
-        #: How long a new connection may be silent.
+        #: The table of deadlines that a new connection is put into.
         self.patience = (server.relay_patience if listener is RELAY
                          else server.first_patience)
         self.address = address_of(sock.getsockname())
@@ -8573,7 +8575,7 @@ class TlsSocket:
         self.on_more = None  # called when more is decrypted than was asked for
 
     def fileno(self):
-        """The descriptor, for the selector."""
+        """The descriptor, for the loop."""
         return self.socket.fileno()
 
     def shake_hands(self):
