@@ -10381,7 +10381,7 @@ class Server:
             for line in "".join(trace).splitlines():
                 self.log.error(line)
         link = getattr(handler, "__self__", None)
-        if isinstance(link, Connection):
+        if isinstance(link, Connection) and handler != link.close:
             self.loop.later(0.0, link.close)
 
     # -- stop ------------------------------------------------------------------

@@ -77,6 +77,7 @@ import sys
 import tempfile
 import threading
 import time
+import types
 import warnings
 import xml.etree.ElementTree
 
@@ -9833,6 +9834,15 @@ def test_handler_of_a_socket_that_was_closed_in_this_turn_gets_no_others_event(k
     assert "third" not in called and called[0] in "ab"
     for sock in {*itertools.chain(*pairs), *thirds}:
         sock.close()
+
+
+def test_connection_that_cannot_even_be_closed_is_not_tried_for_ever():
+    link, later = object.__new__(rustdesk_server.Connection), []
+    loop = types.SimpleNamespace(later=lambda seconds, action: later.append(action))
+    server = types.SimpleNamespace(loop=loop, may_log=lambda word: False)
+    for handler in link.on_events, link.close:
+        rustdesk_server.Server.on_fault(server, handler, OSError())
+    assert later == [link.close]
 
 
 def test_result_that_cannot_be_used_keeps_no_other_from_being_told():
