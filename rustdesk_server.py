@@ -8144,7 +8144,7 @@ class Loop:
     """
 
     def __init__(self, on_turn, on_fault):
-        # PyPy's epoll counts time otherwise, which its selector knows.
+        # PyPy compiles what the standard selector does, so it needs no other.
         quick = hasattr(select, "epoll") and sys.implementation.name == "cpython"
         self.waiter = EpollWaiter() if quick else PortableWaiter()
         self.timers = Timers()
