@@ -2249,20 +2249,12 @@ def parse_request_head(data):
         raise Refused(Refusal.BAD_HTTP, "not a request line")
     if not FIELD_LINES.fullmatch(lines):
         raise Refused(Refusal.BAD_HTTP, "not a header line")
-    lines = lines.decode("latin-1").split("\r\n")[:-1]
-    fields = [line.split(":", 1) for line in lines]
-    headers = {name.lower(): value.strip(" \t") for name, value in fields}
-    if len(headers) < len(fields):
-        headers = join_repeated(fields)
-    return HttpRequest(words[0], words[1], headers), end + 4
-
-
-def join_repeated(fields):
-    """Headers by name, where some come more than once."""
     headers = {}
-    for name, value in fields:
-        headers.setdefault(name.lower(), []).append(value.strip(" \t"))
-    return {name: ", ".join(values) for name, values in headers.items()}
+    for line in lines.decode("latin-1").split("\r\n")[:-1]:
+        name, _, value = line.partition(":")
+        name, value = name.lower(), value.strip(" \t")
+        headers[name] = f"{headers[name]}, {value}" if name in headers else value
+    return HttpRequest(words[0], words[1], headers), end + 4
 
 
 def http_response(status, text="", *fields, kind="text/plain"):
@@ -8166,10 +8158,10 @@ class Loop:
         else:
             self.waiter.modify(sock, events, handler)
 
-    def forget(self, sock):
-        """Watch a socket no more, if it was watched, that is about to be closed, or
-        was."""
+    def close(self, sock):
+        """Close a socket, and watch it no more if it was watched."""
         self.waiter.forget(sock)
+        sock.close()
 
     def later(self, seconds, action):
         """Call `action` in so many seconds; returns its `Timer`."""
@@ -8392,8 +8384,7 @@ class StreamListener:
 
     def close(self):
         """Stop listening."""
-        self.server.loop.forget(self.socket)
-        self.socket.close()
+        self.server.loop.close(self.socket)
 
 
 def pause(loop, listener):
@@ -8448,8 +8439,7 @@ class DatagramListener:
 
     def close(self):
         """Stop listening."""
-        self.server.loop.forget(self.socket)
-        self.socket.close()
+        self.server.loop.close(self.socket)
 
 
 class MultihomedListener(DatagramListener):
@@ -8733,8 +8723,7 @@ class Connection(Link):
         self.framing = self.taker = None
         if self.held:
             self.account()
-        if self.interest != READ:
-            self.watch(READ)
+        self.watch(READ)
 
     def is_alive(self):
         """Whether its other end has not hung up, as far as the kernel
@@ -9249,15 +9238,11 @@ class Connection(Link):
         if self.state is CLOSED:
             return
         self.interest = 0
-        self.server.loop.forget(self.socket)
-        self.socket.close()
+        self.server.loop.close(self.socket)
         self.ended = True
         self.become(CLOSED, None)
-        if self.patience is not None:
-            self.patience.discard(self)
-            self.patience = None
+        self.be_patient(None)
         self.server.crowd.leave(self)
-        self.is_stranger = False
         if self.timer is not None:
             self.timer.cancel()
         if self.proxied:
@@ -9548,8 +9533,7 @@ class RelayCheck:
         name = self.sockets.pop(sock)
         if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0:
             self.healthy.add(name)
-        self.loop.forget(sock)
-        sock.close()
+        self.loop.close(sock)
         self.finish_if_complete()
 
     def finish_if_complete(self):
@@ -9561,8 +9545,7 @@ class RelayCheck:
         """Tell who answered, once."""
         self.timer.cancel()
         for sock in self.sockets:
-            self.loop.forget(sock)
-            sock.close()
+            self.loop.close(sock)
         self.sockets = {}
         if self.done is not None:
             done, self.done = self.done, None
@@ -9731,8 +9714,7 @@ class Announcer:
         if self.timer is not None:
             self.timer.cancel()
         if self.socket is not None:
-            self.server.loop.forget(self.socket)
-            self.socket.close()
+            self.server.loop.close(self.socket)
         self.reset()
 
 
@@ -10753,8 +10735,7 @@ class Door:
 
     def close(self):
         """Let nobody in any more."""
-        self.server.loop.forget(self.socket)
-        self.socket.close()
+        self.server.loop.close(self.socket)
         with contextlib.suppress(OSError):
             os.unlink(self.path)
 
@@ -10787,8 +10768,7 @@ class Visit:
                 self.socket.close()
                 raise
         elif not data or len(self.data) > Door.MAX_LINE_BYTES:
-            self.loop.forget(self.socket)
-            self.socket.close()
+            self.loop.close(self.socket)
 
     def answer(self, reply):
         """Send the reply, as fast as it is taken."""
@@ -10804,8 +10784,7 @@ class Visit:
         except OSError:
             self.data = b""
         if not self.data:
-            self.loop.forget(self.socket)
-            self.socket.close()
+            self.loop.close(self.socket)
 
 
 def door_name(role):
